@@ -1,0 +1,88 @@
+// The interface of the torch-free kernels: raw pointers, sizes and strides in, results out.
+//
+// Nothing here knows a tensor. A caller describes an (N, C, L) array by its first element and the strides
+// of its three dimensions; (N, C) is the case L = 1. Results are always written contiguously.
+//
+// Same bits: a result depends on the values and the shape alone. It does not depend on the number of threads,
+// on the strides, or on the instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace torch_bn::kernels {
+
+// Element types, in storage. All arithmetic is in double, whatever the storage.
+enum class DType : std::uint8_t { f32, f64, bf16, f16 };
+
+// Sizes of an array whose "rows" are the N * L positions over which a channel's statistics are taken.
+struct Shape {
+  std::int64_t n;
+  std::int64_t c;
+  std::int64_t l;
+};
+
+// A read-only (N, C, L) array of any layout; strides in elements, zero and negative ones included.
+struct ArrayView {
+  const void* data;
+  std::int64_t stride_n;
+  std::int64_t stride_c;
+  std::int64_t stride_l;
+};
+
+// One value per channel; `data` is null where the caller has none.
+struct ChannelView {
+  void* data;
+  std::int64_t stride;
+};
+
+// Training forward, or evaluation forward when `training` is false.
+struct ForwardArgs {
+  Shape shape;
+  DType dtype;        // of input and output
+  DType param_dtype;  // of weight, bias and the running statistics
+  bool training;
+  ArrayView input;
+  void* output;  // contiguous (N, C, L)
+  ChannelView weight;
+  ChannelView bias;
+  ChannelView running_mean;  // read in evaluation, updated in training
+  ChannelView running_var;
+  double momentum;  // weight of the new statistics in the running ones
+  double eps;
+  double* mean;     // (C) written: the statistics that normalised the output
+  double* invstd;   // (C) written
+  double* scratch;  // forward_scratch(shape) doubles
+  int threads;
+};
+
+// Gradients; each of the three outputs may be null when it is not asked for.
+struct BackwardArgs {
+  Shape shape;
+  DType dtype;
+  DType param_dtype;
+  bool training;
+  ArrayView grad_output;
+  ArrayView input;
+  ChannelView weight;
+  const double* mean;    // (C) from the forward
+  const double* invstd;  // (C)
+  void* grad_input;      // contiguous (N, C, L), dtype
+  void* grad_weight;     // (C), param_dtype
+  void* grad_bias;       // (C), param_dtype
+  double* scratch;       // backward_scratch(shape) doubles
+  int threads;
+};
+
+// How many doubles of scratch a call needs; a function of the shape alone.
+std::size_t forward_scratch(const Shape& shape);
+std::size_t backward_scratch(const Shape& shape);
+
+// The kernels of one instruction set.
+struct KernelTable {
+  const char* isa;
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+};
+
+}  // namespace torch_bn::kernels
