@@ -1,0 +1,21 @@
+// What is refused, with the exception types and the words of torch's own batch norm. Every check runs before
+// anything is written, and none looks at an element, so meta and symbolic tensors pass through the same ones.
+#pragma once
+
+#include "ops.h"
+
+namespace torch_bn::ops {
+
+void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                   const std::optional<at::Tensor>& running_var,
+                   const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps);
+
+void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                    const std::optional<at::Tensor>& weight, const at::Tensor& stats);
+
+// Running statistics are constants to autograd.
+void check_statistics_need_no_grad(const std::optional<at::Tensor>& running_mean,
+                                   const std::optional<at::Tensor>& running_var);
+
+}  // namespace torch_bn::ops

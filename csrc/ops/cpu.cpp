@@ -1,0 +1,184 @@
+// From tensors to the kernels' raw pointers, on CPU.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <stdexcept>
+
+#include "../kernels/dispatch.h"
+#include "checks.h"
+
+namespace torch_bn::ops {
+namespace {
+
+using kernels::ArrayView;
+using kernels::ChannelView;
+
+const kernels::KernelTable& active_kernels() {
+  try {
+    return kernels::active();
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, error.what());
+  }
+}
+
+kernels::DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return kernels::DType::f32;
+    case at::kDouble:
+      return kernels::DType::f64;
+    case at::kBFloat16:
+      return kernels::DType::bf16;
+    case at::kHalf:
+      return kernels::DType::f16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", dtype, "'");
+  }
+}
+
+// The type of whichever parameter or statistic is given. Where none is, per-channel results of a 16-bit input
+// are in float32: autograd rounds them once more if the parameter they belong to is in 16 bits.
+template <typename... Optionals>
+at::ScalarType parameter_dtype(const at::Tensor& input, const Optionals&... parameters) {
+  const auto own = input.scalar_type();
+  auto dtype = at::isReducedFloatingType(own) ? at::kFloat : own;
+  ((is_given(parameters) ? void(dtype = parameters->scalar_type()) : void()), ...);
+  return dtype;
+}
+
+kernels::Shape shape_of(const at::Tensor& input) {
+  return {input.size(0), input.size(1), input.dim() == 3 ? input.size(2) : 1};
+}
+
+ArrayView view_of(const at::Tensor& array) {
+  const bool has_length = array.dim() == 3;
+  return {array.const_data_ptr(), array.stride(0), array.stride(1), has_length ? array.stride(2) : 0};
+}
+
+// A parameter of any shape with the right number of elements, flattened; `keep` owns a copy where one is due.
+ChannelView parameter_view(const std::optional<at::Tensor>& parameter, at::Tensor& keep) {
+  if (!is_given(parameter)) return {nullptr, 0};
+  keep = parameter->dim() == 1 ? *parameter : parameter->reshape(-1);
+  return {const_cast<void*>(keep.const_data_ptr()), keep.stride(0)};
+}
+
+ChannelView statistics_view(const std::optional<at::Tensor>& statistics, bool written) {
+  if (!is_given(statistics)) return {nullptr, 0};
+  void* data = written ? statistics->mutable_data_ptr() : const_cast<void*>(statistics->const_data_ptr());
+  return {data, statistics->stride(0)};
+}
+
+// Working memory of one call. Small layers find it on the stack.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t doubles) {
+    if (doubles > kOnStack) heap_ = std::make_unique_for_overwrite<double[]>(doubles);
+  }
+  double* data() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  static constexpr std::size_t kOnStack = 2048;
+  std::unique_ptr<double[]> heap_;
+  double stack_[kOnStack];  // NOLINT: left uninitialised on purpose
+};
+
+int thread_count() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                           const std::optional<at::Tensor>& running_var,
+                           const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                           std::optional<double> momentum, double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+  const auto& table = active_kernels();
+  kernels::ForwardArgs args{};
+  args.shape = shape_of(input);
+  args.dtype = kernel_dtype(input.scalar_type());
+  args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
+  args.training = training;
+  args.eps = eps;
+
+  at::Tensor output = at::empty(input.sizes(), input.options());
+  at::Tensor stats = at::empty({2, args.shape.c}, input.options().dtype(at::kDouble));
+  Scratch scratch(kernels::forward_scratch(args.shape));
+  at::Tensor weight_kept;
+  at::Tensor bias_kept;
+  args.input = view_of(input);
+  args.output = output.mutable_data_ptr();
+  args.weight = parameter_view(weight, weight_kept);
+  args.bias = parameter_view(bias, bias_kept);
+  args.running_mean = statistics_view(running_mean, training);
+  args.running_var = statistics_view(running_var, training);
+  args.mean = stats.mutable_data_ptr<double>();
+  args.invstd = args.mean + args.shape.c;
+  args.scratch = scratch.data();
+  args.threads = thread_count();
+
+  // Nothing below this line can fail, so a refused call has changed nothing.
+  args.momentum = momentum.value_or(0.0);
+  if (training && is_given(num_batches_tracked)) {
+    auto* counter = num_batches_tracked->mutable_data_ptr<int64_t>();
+    ++*counter;
+    if (!momentum) args.momentum = 1.0 / static_cast<double>(*counter);
+  }
+  if (input.numel() > 0) {
+    table.forward(args);
+  } else {
+    stats.zero_();
+  }
+  return {std::move(output), std::move(stats)};
+}
+
+Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                       const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                       double /*eps*/, OutputMask output_mask) {
+  check_backward(grad_output, input, weight, stats);
+  const auto& table = active_kernels();
+  kernels::BackwardArgs args{};
+  args.shape = shape_of(input);
+  args.dtype = kernel_dtype(input.scalar_type());
+  const auto param_dtype = parameter_dtype(input, weight);
+  args.param_dtype = kernel_dtype(param_dtype);
+  args.training = training;
+  args.grad_output = view_of(grad_output);
+  args.input = view_of(input);
+  at::Tensor weight_kept;
+  args.weight = parameter_view(weight, weight_kept);
+  const at::Tensor stats_kept = stats.contiguous();
+  args.mean = stats_kept.const_data_ptr<double>();
+  args.invstd = args.mean + args.shape.c;
+
+  const auto param_options = input.options().dtype(param_dtype);
+  at::Tensor grad_input;
+  at::Tensor grad_weight;
+  at::Tensor grad_bias;
+  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
+  if (output_mask[1]) grad_weight = at::empty({args.shape.c}, param_options);
+  if (output_mask[2]) grad_bias = at::empty({args.shape.c}, param_options);
+  if (input.numel() == 0) {
+    if (grad_weight.defined()) grad_weight.zero_();
+    if (grad_bias.defined()) grad_bias.zero_();
+    return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  }
+  args.grad_input = output_mask[0] ? grad_input.mutable_data_ptr() : nullptr;
+  args.grad_weight = output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr;
+  args.grad_bias = output_mask[2] ? grad_bias.mutable_data_ptr() : nullptr;
+  Scratch scratch(kernels::backward_scratch(args.shape));
+  args.scratch = scratch.data();
+  args.threads = thread_count();
+  table.backward(args);
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
+  m.impl("_batch_norm_forward", forward_cpu);
+  m.impl("batch_norm_backward", backward_cpu);
+}
+
+}  // namespace
+}  // namespace torch_bn::ops

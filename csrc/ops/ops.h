@@ -1,0 +1,38 @@
+// The registered operators as C++ functions. Each call goes through the dispatcher, so that autograd,
+// tracing, transforms and modes see it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace torch_bn::ops {
+
+// Forward statistics travel as one tensor: float64 of shape (2, C), the mean and 1 / sqrt(var + eps).
+using OutputAndStats = std::tuple<at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of input, weight, bias
+using OutputMask = std::array<bool, 3>;
+
+OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& running_mean,
+                                  const std::optional<at::Tensor>& running_var,
+                                  const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                  std::optional<double> momentum, double eps);
+
+Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                              const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                              double eps, OutputMask output_mask);
+
+// The tensor of an optional argument; undefined when there is none.
+inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? *tensor : at::Tensor();
+}
+
+inline bool is_given(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+}  // namespace torch_bn::ops

@@ -1,0 +1,66 @@
+// The operators' schemas, their entry points through the dispatcher, and the public op in terms of the
+// private one.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace torch_bn::ops {
+
+// Running statistics and the counter are declared as written to. The private forward also returns the
+// statistics that backward needs; callers of the public op never see them.
+TORCH_LIBRARY(torch_bn, m) {
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) "
+      "-> (Tensor output, Tensor stats)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor stats, bool training, "
+      "float eps, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& running_mean,
+                                  const std::optional<at::Tensor>& running_var,
+                                  const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                  std::optional<double> momentum, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bn::_batch_norm_forward", "")
+                             .typed<decltype(batch_norm_forward)>();
+  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+}
+
+Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                              const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                              double eps, OutputMask output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bn::batch_norm_backward", "")
+                             .typed<decltype(batch_norm_backward)>();
+  return op.call(grad_output, input, weight, stats, training, eps, output_mask);
+}
+
+namespace {
+
+at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                      const std::optional<at::Tensor>& running_var,
+                      const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps) {
+  return std::get<0>(batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                        training, momentum, eps));
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", batch_norm);
+}
+
+}  // namespace
+}  // namespace torch_bn::ops

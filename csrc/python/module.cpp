@@ -1,0 +1,28 @@
+// The extension module torch_bn._C. Importing it loads libtorch_bn, which registers the operators; it shares
+// no type with torch's own bindings.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch_bn/build_info.h>
+
+#include <exception>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads the C++ library of torch_bn and tells what it was built as.";
+  m.def(
+      "build_info",
+      [] {
+        const auto info = torch_bn::build_info();
+        py::dict result;
+        result["version"] = info.version;
+        result["torch_version"] = info.torch_version;
+        result["compiler"] = info.compiler;
+        result["openmp"] = info.openmp;
+        result["isas_built"] = info.isas_built;
+        result["isas_supported"] = info.isas_supported;
+        result["isa"] = info.isa;
+        return result;
+      },
+      "Facts about the built library as a dict; raises RuntimeError when TORCH_BN_ISA is not usable here.");
+}
