@@ -1,0 +1,16 @@
+"""BatchNorm1d for PyTorch on CPU: fast, exact, and the same bits on every thread count.
+
+>>> import torch, torch_bn
+>>> layer = torch_bn.BatchNorm1d(3)
+>>> layer(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])).detach()
+tensor([[-1.0000,  0.0000,  1.0000],
+        [ 1.0000,  0.0000, -1.0000]])
+"""
+
+from __future__ import annotations
+
+from torch_bn import functional
+from torch_bn._library import __version__, build_info
+from torch_bn.modules import BatchNorm1d
+
+__all__ = ["BatchNorm1d", "__version__", "build_info", "functional"]

@@ -1,0 +1,73 @@
+"""The layers: subclasses of torch's, with another forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["BatchNorm1d"]
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    r"""Batch normalization over an (N, C) or (N, C, L) input, in place of torch's own layer.
+
+    Constructor, parameters, buffers, ``state_dict`` and behaviour are those of
+    :class:`torch.nn.BatchNorm1d`; the arithmetic is this library's. It is exact to the rounding
+    of the result whatever the mean of the data, and gives the same bits on every number of
+    threads.
+
+    Args:
+        num_features: number of channels C of the input.
+        eps: added to the variance; positive.
+        momentum: share of each batch in the running statistics, or None for their cumulative
+            average.
+        affine: whether there are a learnable weight and bias.
+        track_running_stats: whether running statistics are kept, and used in evaluation.
+        device: of parameters and buffers; torch's own implementation serves others than CPU.
+        dtype: of parameters and running statistics.
+        bias: whether there is a learnable bias (if ``affine``).
+
+    Shape:
+        - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
+        - Output: the input's shape and dtype, contiguous
+
+    Raises:
+        ValueError: in forward, for an input that is neither 2D nor 3D, one value per channel in
+            training, or an ``eps`` that is not positive.
+        RuntimeError: in forward, for another number of channels or a dtype that does not fit.
+        NotImplementedError: in forward, for an integer or complex input.
+
+    Example:
+        >>> import torch, torch_bn
+        >>> layer = torch_bn.BatchNorm1d(2)
+        >>> x = torch.tensor([[99.0, 0.0], [101.0, 4.0]])
+        >>> layer(x).tolist()
+        [[-0.9999949932098389, -0.9999987483024597], [0.9999949932098389, 0.9999987483024597]]
+        >>> layer.running_mean
+        tensor([10.0000,  0.2000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``; in training, update the running statistics and their counter."""
+        if input.device.type != "cpu":
+            return super().forward(input)
+        training = self.training
+        # In training without tracking the statistics are left alone; in evaluation without them
+        # the batch's own are used. Both as in torch.
+        uses_running = not training or self.track_running_stats
+        running_mean = self.running_mean if uses_running else None
+        running_var = self.running_var if uses_running else None
+        by_batch = training or (running_mean is None and running_var is None)
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        result: Tensor = torch.ops.torch_bn.batch_norm.default(
+            input,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            counter,
+            by_batch,
+            self.momentum,
+            self.eps,
+        )
+        return result
