@@ -1,0 +1,323 @@
+// The torch-free kernels, for every instruction set that this processor has.
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <type_traits>
+
+#include "kernels/dispatch.h"
+#include "reference.h"
+
+namespace torch_bn::testing {
+namespace {
+
+using namespace torch_bn::kernels;
+
+template <typename T>
+constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32 : DType::f64;
+
+// How an (N, C, L) array lies in memory.
+enum class Layout { contiguous, channels_last, transposed, padded_rows };
+
+template <typename T>
+struct Stored {
+  std::vector<T> memory;
+  ArrayView view;
+
+  Stored(const Shape& s, const std::vector<T>& values, Layout layout) {
+    switch (layout) {
+      case Layout::contiguous:
+        view = {nullptr, s.c * s.l, s.l, 1};
+        break;
+      case Layout::channels_last:
+        view = {nullptr, s.c * s.l, 1, s.c};
+        break;
+      case Layout::transposed:
+        view = {nullptr, 1, s.n * s.l, s.n};
+        break;
+      case Layout::padded_rows:
+        view = {nullptr, s.c * s.l + 3, s.l, 1};
+        break;
+    }
+    memory.assign(elements(s) + 3 * static_cast<std::size_t>(s.n), std::numeric_limits<T>::quiet_NaN());
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < s.c; ++c)
+        for (int64_t l = 0; l < s.l; ++l)
+          memory[static_cast<std::size_t>(n * view.stride_n + c * view.stride_c + l * view.stride_l)] =
+              values[at(s, n, c, l)];
+    view.data = memory.data();
+  }
+};
+
+template <typename T>
+struct Results {
+  std::vector<T> output, grad_input, grad_weight, grad_bias, running_mean, running_var;
+  std::vector<double> mean, invstd;
+  [[nodiscard]] bool same(const Results& other) const {
+    return same_bits(output, other.output) && same_bits(grad_input, other.grad_input) &&
+           same_bits(grad_weight, other.grad_weight) && same_bits(grad_bias, other.grad_bias) &&
+           same_bits(running_mean, other.running_mean) && same_bits(running_var, other.running_var) &&
+           same_bits(mean, other.mean) && same_bits(invstd, other.invstd);
+  }
+};
+
+template <typename T>
+struct Problem {
+  Shape shape;
+  std::vector<T> x, g, weight, bias;
+  double eps = 1e-5;
+  double momentum = 0.25;
+
+  Problem(Shape s, double mean, double std)
+      : shape(s),
+        x(normal<T>(elements(s), mean, std, 1)),
+        g(normal<T>(elements(s), 0, 1, 2)),
+        weight(normal<T>(static_cast<std::size_t>(s.c), 1, 0.5, 3)),
+        bias(normal<T>(static_cast<std::size_t>(s.c), 0, 1, 4)) {}
+
+  // Forward in training and backward.
+  Results<T> run(const KernelTable& table, int threads = 1, Layout layout = Layout::contiguous,
+                 bool training = true) {
+    const auto c = static_cast<std::size_t>(shape.c);
+    const Stored<T> input(shape, x, layout);
+    const Stored<T> grad_output(shape, g, layout);
+    Results<T> r;
+    r.output.resize(elements(shape));
+    r.grad_input.resize(elements(shape));
+    r.grad_weight.resize(c);
+    r.grad_bias.resize(c);
+    r.running_mean.assign(c, T(0.5));
+    r.running_var.assign(c, T(2));
+    r.mean.resize(c);
+    r.invstd.resize(c);
+    std::vector<double> scratch(forward_scratch(shape));
+    ForwardArgs forward{};
+    forward.shape = shape;
+    forward.dtype = forward.param_dtype = dtype_of<T>;
+    forward.training = training;
+    forward.input = input.view;
+    forward.output = r.output.data();
+    forward.weight = {weight.data(), 1};
+    forward.bias = {bias.data(), 1};
+    forward.running_mean = {r.running_mean.data(), 1};
+    forward.running_var = {r.running_var.data(), 1};
+    forward.momentum = momentum;
+    forward.eps = eps;
+    forward.mean = r.mean.data();
+    forward.invstd = r.invstd.data();
+    forward.scratch = scratch.data();
+    forward.threads = threads;
+    table.forward(forward);
+
+    scratch.assign(backward_scratch(shape), 0);
+    BackwardArgs backward{};
+    backward.shape = shape;
+    backward.dtype = backward.param_dtype = dtype_of<T>;
+    backward.training = training;
+    backward.grad_output = grad_output.view;
+    backward.input = input.view;
+    backward.weight = {weight.data(), 1};
+    backward.mean = r.mean.data();
+    backward.invstd = r.invstd.data();
+    backward.grad_input = r.grad_input.data();
+    backward.grad_weight = r.grad_weight.data();
+    backward.grad_bias = r.grad_bias.data();
+    backward.scratch = scratch.data();
+    backward.threads = threads;
+    table.backward(backward);
+    return r;
+  }
+};
+
+class Kernels : public ::testing::TestWithParam<std::string> {
+ protected:
+  const KernelTable& table() const { return *find_isa(GetParam()); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, Kernels, ::testing::ValuesIn(supported_isas()),
+                         [](const auto& info) { return info.param; });
+
+// Shapes around every edge of the partition: one row short of and beyond a block, a lane, a tile, a segment.
+const Shape kShapes[] = {{2, 1, 1},   {3, 7, 1},    {64, 100, 1}, {127, 33, 1},   {128, 32, 1},  {129, 31, 1},
+                         {257, 5, 1}, {8191, 3, 1}, {8193, 9, 1}, {20001, 17, 1}, {4, 5, 6},     {1, 3, 2},
+                         {3, 33, 50}, {2, 40, 129}, {130, 2, 64}, {1, 1, 9000},   {300, 300, 1}, {7, 64, 128}};
+
+TEST_P(Kernels, TheForcedSetIsTheOneThatRuns) {
+  EXPECT_EQ(GetParam(), table().isa);
+}
+
+TEST_P(Kernels, TrainingAgreesWithTheDefinitionInFloat32) {
+  for (const Shape& shape : kShapes)
+    for (const double mean : {0.0, 1e4}) {
+      Problem<float> problem(shape, mean, 1.0);
+      const auto got = problem.run(table());
+      const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+      // Arithmetic in double leaves the one rounding to float32, 2^-24 = 6e-8, and nearly nothing else.
+      const double bound = 6.1e-8;
+      SCOPED_TRACE(::testing::Message() << shape.n << "x" << shape.c << "x" << shape.l << " mean " << mean);
+      EXPECT_LE(error(got.output, want.output), bound);
+      EXPECT_LE(error(got.grad_weight, want.grad_weight), bound);
+      EXPECT_LE(error(got.grad_bias, want.grad_bias), bound);
+      // grad_input may cancel altogether (two rows), so its scale is that of its terms.
+      double scale = 0;
+      for (int64_t n = 0; n < shape.n; ++n)
+        for (int64_t c = 0; c < shape.c; ++c)
+          for (int64_t l = 0; l < shape.l; ++l)
+            scale = std::fmax(scale, std::fabs(static_cast<double>(problem.weight[c] * want.invstd[c]) *
+                                               problem.g[at(shape, n, c, l)]));
+      double worst = 0;
+      for (std::size_t i = 0; i < elements(shape); ++i)
+        worst = std::fmax(worst, std::fabs(static_cast<double>(got.grad_input[i] - want.grad_input[i])));
+      EXPECT_LE(worst / scale, bound);
+      const auto rows = static_cast<double>(shape.n * shape.l);
+      for (int64_t c = 0; c < shape.c; ++c) {
+        const auto mean_c = static_cast<double>(want.mean[c]);
+        const double unbiased = static_cast<double>(want.var[c]) * rows / (rows - 1);
+        EXPECT_FLOAT_EQ(got.running_mean[c], static_cast<float>(0.75 * 0.5 + 0.25 * mean_c));
+        EXPECT_FLOAT_EQ(got.running_var[c], static_cast<float>(0.75 * 2.0 + 0.25 * unbiased));
+      }
+    }
+}
+
+TEST_P(Kernels, TrainingAgreesWithTheDefinitionInFloat64) {
+  for (const Shape& shape : kShapes)
+    for (const double mean : {0.0, 1e4}) {
+      Problem<double> problem(shape, mean, 1.0);
+      const auto got = problem.run(table());
+      const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+      // The mean's own rounding is eps * |mean|; sums over blocks of 128 add some tens of roundings.
+      const double bound = 1e-14 * (1 + mean);
+      SCOPED_TRACE(::testing::Message() << shape.n << "x" << shape.c << "x" << shape.l << " mean " << mean);
+      EXPECT_LE(error(got.output, want.output), bound);
+      EXPECT_LE(error(got.mean, want.mean), 1e-14);
+      EXPECT_LE(error(got.invstd, want.invstd), bound);
+      EXPECT_LE(error(got.grad_weight, want.grad_weight), bound);
+      EXPECT_LE(error(got.grad_bias, want.grad_bias), 1e-14);
+    }
+}
+
+// x[2i] + x[2i+1] = 2 mean on a dyadic grid: every partial sum is exact, so the results are too, in any order.
+TEST_P(Kernels, ExactDataGiveExactStatistics) {
+  for (const int64_t rows : {2, 64, 128, 130, 8192, 20000}) {
+    const Shape shape{rows, 37, 1};
+    Problem<float> problem(shape, 0, 1);
+    problem.eps = 0.75;
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t c = 0; c < shape.c; ++c) {
+        const float centre = static_cast<float>(c - 18) * 64;
+        // Distances 0.5 from the mean: variance 0.25, and invstd = 1 with eps = 0.75.
+        problem.x[at(shape, n, c, 0)] = centre + (n % 2 == 0 ? 0.5F : -0.5F);
+      }
+    const auto got = problem.run(table());
+    for (int64_t c = 0; c < shape.c; ++c) {
+      EXPECT_EQ(got.mean[c], static_cast<double>(c - 18) * 64);
+      EXPECT_EQ(got.invstd[c], 1.0);
+      for (int64_t n = 0; n < rows; ++n)
+        ASSERT_EQ(got.output[at(shape, n, c, 0)],
+                  static_cast<float>((n % 2 == 0 ? 0.5 : -0.5) * problem.weight[c] + problem.bias[c]));
+    }
+  }
+}
+
+TEST_P(Kernels, AConstantChannelGivesExactlyTheBias) {
+  for (const float constant : {0.0F, 0.1F, -1e8F, 3e38F, 1e-38F, 1e-42F})
+    for (const int64_t rows : {2, 3, 129, 9001}) {
+      const Shape shape{rows, 3, 1};
+      Problem<float> problem(shape, 0, 1);
+      for (float& value : problem.x) value = constant;
+      const auto got = problem.run(table());
+      for (int64_t n = 0; n < rows; ++n)
+        for (int64_t c = 0; c < 3; ++c) ASSERT_EQ(got.output[at(shape, n, c, 0)], problem.bias[c]);
+      // The mean of n equal doubles is exact too, for which a sum alone would not do.
+      Problem<double> wide(shape, 0, 1);
+      for (double& value : wide.x) value = 0.1;
+      EXPECT_EQ(wide.run(table()).mean[0], 0.1);
+    }
+}
+
+TEST_P(Kernels, AnOutlierInTheFirstRowCostsNoDigits) {
+  const Shape shape{1000, 3, 1};
+  Problem<double> problem(shape, 0, 1);
+  for (int64_t c = 0; c < 3; ++c) problem.x[static_cast<std::size_t>(c)] = 1e9;
+  const auto got = problem.run(table());
+  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+  EXPECT_LE(error(got.output, want.output), 1e-14);
+}
+
+TEST_P(Kernels, ABadChannelLeavesTheOthersAlone) {
+  const Shape shape{300, 40, 1};
+  Problem<float> problem(shape, 0, 1);
+  const auto before = problem.run(table());
+  problem.x[at(shape, 7, 5, 0)] = std::numeric_limits<float>::quiet_NaN();
+  problem.x[at(shape, 200, 39, 0)] = std::numeric_limits<float>::infinity();
+  const auto after = problem.run(table());
+  for (int64_t n = 0; n < shape.n; ++n)
+    for (int64_t c = 0; c < shape.c; ++c) {
+      const std::size_t i = at(shape, n, c, 0);
+      if (c == 5 || c == 39) {
+        EXPECT_TRUE(std::isnan(after.output[i]));
+      } else {
+        ASSERT_EQ(std::memcmp(&before.output[i], &after.output[i], sizeof(float)), 0);
+        ASSERT_EQ(std::memcmp(&before.grad_input[i], &after.grad_input[i], sizeof(float)), 0);
+      }
+    }
+}
+
+TEST_P(Kernels, BitsDoNotDependOnThreadsLayoutOrInstructionSet) {
+  for (const Shape& shape : kShapes)
+    for (const bool training : {true, false}) {
+      Problem<float> problem(shape, 3.0, 2.0);
+      Problem<double> wide(shape, 3.0, 2.0);
+      const KernelTable& first = *find_isa(supported_isas().front());
+      const auto want = problem.run(first, 1, Layout::contiguous, training);
+      const auto want_wide = wide.run(first, 1, Layout::contiguous, training);
+      SCOPED_TRACE(::testing::Message() << shape.n << "x" << shape.c << "x" << shape.l);
+      for (const int threads : {1, 2, 3, 4, 8})
+        EXPECT_TRUE(want.same(problem.run(table(), threads, Layout::contiguous, training))) << threads;
+      for (const Layout layout : {Layout::channels_last, Layout::transposed, Layout::padded_rows}) {
+        EXPECT_TRUE(want.same(problem.run(table(), 2, layout, training))) << static_cast<int>(layout);
+        EXPECT_TRUE(want_wide.same(wide.run(table(), 2, layout, training))) << static_cast<int>(layout);
+      }
+    }
+}
+
+TEST_P(Kernels, OnlyTheAskedForGradientsAreWritten) {
+  const Shape shape{50, 6, 1};
+  Problem<float> problem(shape, 0, 1);
+  const auto all = problem.run(table());
+  for (int mask = 0; mask < 8; ++mask) {
+    std::vector<float> gi(elements(shape));
+    std::vector<float> gw(6);
+    std::vector<float> gb(6);
+    std::vector<double> scratch(backward_scratch(shape));
+    BackwardArgs args{};
+    args.shape = shape;
+    args.dtype = args.param_dtype = DType::f32;
+    args.training = true;
+    args.input = {problem.x.data(), 6, 1, 1};
+    args.grad_output = {problem.g.data(), 6, 1, 1};
+    args.weight = {problem.weight.data(), 1};
+    args.mean = all.mean.data();
+    args.invstd = all.invstd.data();
+    args.grad_input = (mask & 1) != 0 ? gi.data() : nullptr;
+    args.grad_weight = (mask & 2) != 0 ? gw.data() : nullptr;
+    args.grad_bias = (mask & 4) != 0 ? gb.data() : nullptr;
+    args.scratch = scratch.data();
+    args.threads = 1;
+    table().backward(args);
+    EXPECT_EQ(same_bits(gi, all.grad_input), (mask & 1) != 0);
+    EXPECT_EQ(same_bits(gw, all.grad_weight), (mask & 2) != 0);
+    EXPECT_EQ(same_bits(gb, all.grad_bias), (mask & 4) != 0);
+  }
+}
+
+TEST(Dispatch, NamesAreConsistent) {
+  for (const std::string& name : supported_isas()) {
+    ASSERT_NE(find_isa(name), nullptr);
+    EXPECT_EQ(name, find_isa(name)->isa);
+  }
+  EXPECT_EQ(find_isa("no such set"), nullptr);
+  EXPECT_NE(find_isa(active().isa), nullptr);
+}
+
+}  // namespace
+}  // namespace torch_bn::testing
