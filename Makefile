@@ -1,0 +1,40 @@
+# Two commands: `make train` runs the main job, `make test` all the tests. Each first sets up what it needs.
+#
+#   make train DATA=DIR             on the MNIST files in DIR
+#   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-cpp test-python lint clean
+
+export VENV ?= .venv
+export BUILD ?= build/dev
+PLACEMENTS ?= after before
+ARGS ?=
+DATA ?=
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^\./q' Makefile
+
+setup:
+	@scripts/setup_env.sh
+
+train: setup
+	@set -e; for placement in $(PLACEMENTS); do \
+	  $(VENV)/bin/python examples/train_mlp.py --placement $$placement $(if $(DATA),--data $(DATA)) $(ARGS); \
+	done
+
+test: lint test-cpp test-python
+
+test-cpp: setup
+	@scripts/setup_tests.sh
+	@$(VENV)/bin/ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: setup
+	@$(VENV)/bin/python -m pytest -q
+
+lint: setup
+	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/mypy
+	@git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include
