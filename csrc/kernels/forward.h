@@ -3,7 +3,7 @@
 
 #include "channels.h"
 #include "elementwise.h"
-#include "lanes.h"
+#include "vec.h"
 
 namespace torch_bn::kernels {
 namespace {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "element.h"
+#include "vec.h"
 
 namespace torch_bn::kernels {
 namespace {
@@ -18,7 +19,7 @@ const typename Element::Storage* element_at(const ArrayView& view, i64 n, i64 c,
          l * view.stride_l;
 }
 
-// Channels past the end are zero: the vector loops run over them and nobody reads the result.
+// Channels that fill up the last vector are zero: the arithmetic runs over them and nobody reads the result.
 template <typename Element>
 void load_tile(const ArrayView& view, const Shape& shape, Range rows, Range channels, Tile& tile) {
   const i64 width = channels.size();
@@ -39,9 +40,10 @@ void load_tile(const ArrayView& view, const Shape& shape, Range rows, Range chan
     l = 0;
     ++n;
   }
-  if (width < kTileChannels)
+  const i64 filled = ceil_div(width, kWidth) * kWidth;
+  if (width < filled)
     for (i64 r = 0; r < rows.size(); ++r)
-      for (i64 c = width; c < kTileChannels; ++c) tile.at[r][c] = 0.0;
+      for (i64 c = width; c < filled; ++c) tile.at[r][c] = 0.0;
 }
 
 }  // namespace

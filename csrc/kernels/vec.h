@@ -1,8 +1,8 @@
-// Vectors of doubles along the channels, as wide as the instruction set has them, and the sum over the rows
-// of a tile in kLanes lanes. The width changes how many channels go at a time, never the order of a sum.
+// Vectors of doubles along the channels, as wide as the instruction set has them. The width changes how many
+// channels go at a time, never the order of a sum.
 #pragma once
 
-#include "tile.h"
+#include "blocks.h"
 
 namespace torch_bn::kernels {
 namespace {

@@ -1,0 +1,168 @@
+// One call of the kernels, forward and backward, on data of any element type and layout.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "reference.h"
+
+namespace torch_bn::testing {
+
+using namespace torch_bn::kernels;
+
+// Shapes around every edge of the partition: one row short of and beyond a block, a lane, a tile, a segment.
+inline const Shape kShapes[] = {{2, 1, 1},    {3, 7, 1},     {64, 100, 1}, {127, 33, 1}, {128, 32, 1},
+                                {129, 31, 1}, {257, 5, 1},   {8191, 3, 1}, {8193, 9, 1}, {20001, 17, 1},
+                                {4, 5, 6},    {1, 3, 2},     {3, 33, 50},  {2, 40, 129}, {130, 2, 64},
+                                {1, 1, 9000}, {300, 300, 1}, {7, 64, 128}};
+
+// The two 16-bit types as their bits.
+struct BFloat16Bits {
+  std::uint16_t bits;
+};
+struct Float16Bits {
+  std::uint16_t bits;
+};
+
+template <typename T>
+constexpr DType dtype_of = DType::f32;
+template <>
+inline constexpr DType dtype_of<double> = DType::f64;
+template <>
+inline constexpr DType dtype_of<BFloat16Bits> = DType::bf16;
+template <>
+inline constexpr DType dtype_of<Float16Bits> = DType::f16;
+
+// How an (N, C, L) array lies in memory.
+enum class Layout { contiguous, channels_last, transposed, padded_rows };
+
+template <typename T>
+struct Stored {
+  std::vector<T> memory;
+  ArrayView view;
+
+  Stored(const Shape& s, const std::vector<T>& values, Layout layout) {
+    switch (layout) {
+      case Layout::contiguous:
+        view = {nullptr, s.c * s.l, s.l, 1};
+        break;
+      case Layout::channels_last:
+        view = {nullptr, s.c * s.l, 1, s.c};
+        break;
+      case Layout::transposed:
+        view = {nullptr, 1, s.n * s.l, s.n};
+        break;
+      case Layout::padded_rows:
+        view = {nullptr, s.c * s.l + 3, s.l, 1};
+        break;
+    }
+    memory.assign(elements(s) + 3 * static_cast<std::size_t>(s.n), T{});
+    std::memset(memory.data(), 0xff, memory.size() * sizeof(T));  // NaN in every type: padding is never read
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < s.c; ++c)
+        for (int64_t l = 0; l < s.l; ++l)
+          memory[static_cast<std::size_t>(n * view.stride_n + c * view.stride_c + l * view.stride_l)] =
+              values[at(s, n, c, l)];
+    view.data = memory.data();
+  }
+};
+
+template <typename T>
+struct Results {
+  std::vector<T> output, grad_input, grad_weight, grad_bias, running_mean, running_var;
+  std::vector<double> mean, invstd;
+  [[nodiscard]] bool same(const Results& other) const {
+    return same_bits(output, other.output) && same_bits(grad_input, other.grad_input) &&
+           same_bits(grad_weight, other.grad_weight) && same_bits(grad_bias, other.grad_bias) &&
+           same_bits(running_mean, other.running_mean) && same_bits(running_var, other.running_var) &&
+           same_bits(mean, other.mean) && same_bits(invstd, other.invstd);
+  }
+};
+
+// |value|, a variance.
+inline float magnitude(float value) {
+  return value < 0 ? -value : value;
+}
+inline double magnitude(double value) {
+  return value < 0 ? -value : value;
+}
+template <typename Bits>
+Bits magnitude(Bits value) {
+  return {static_cast<std::uint16_t>(value.bits & 0x7fffU)};
+}
+
+template <typename T>
+struct Problem {
+  Shape shape;
+  std::vector<T> x, g, weight, bias;
+  double eps = 1e-5;
+  double momentum = 0.25;
+
+  // Random data from four seeds; `draw(count, mean, std, seed)` returns the values.
+  template <typename Draw>
+  Problem(Shape s, double mean, double std, Draw draw)
+      : shape(s),
+        x(draw(elements(s), mean, std, 1)),
+        g(draw(elements(s), 0, 1, 2)),
+        weight(draw(static_cast<std::size_t>(s.c), 1, 0.5, 3)),
+        bias(draw(static_cast<std::size_t>(s.c), 0, 1, 4)) {}
+  Problem(Shape s, double mean, double std) : Problem(s, mean, std, normal<T>) {}
+
+  // Forward in training and backward.
+  Results<T> run(const KernelTable& table, int threads = 1, Layout layout = Layout::contiguous,
+                 bool training = true) {
+    const auto c = static_cast<std::size_t>(shape.c);
+    const Stored<T> input(shape, x, layout);
+    const Stored<T> grad_output(shape, g, layout);
+    Results<T> r;
+    r.output.resize(elements(shape));
+    r.grad_input.resize(elements(shape));
+    r.grad_weight.resize(c);
+    r.grad_bias.resize(c);
+    r.running_mean = bias;
+    r.running_var = weight;
+    for (T& value : r.running_var) value = magnitude(value);
+    r.mean.resize(c);
+    r.invstd.resize(c);
+    std::vector<double> scratch(forward_scratch(shape));
+    ForwardArgs forward{};
+    forward.shape = shape;
+    forward.dtype = forward.param_dtype = dtype_of<T>;
+    forward.training = training;
+    forward.input = input.view;
+    forward.output = r.output.data();
+    forward.weight = {weight.data(), 1};
+    forward.bias = {bias.data(), 1};
+    forward.running_mean = {r.running_mean.data(), 1};
+    forward.running_var = {r.running_var.data(), 1};
+    forward.momentum = momentum;
+    forward.eps = eps;
+    forward.mean = r.mean.data();
+    forward.invstd = r.invstd.data();
+    forward.scratch = scratch.data();
+    forward.threads = threads;
+    table.forward(forward);
+
+    scratch.assign(backward_scratch(shape), 0);
+    BackwardArgs backward{};
+    backward.shape = shape;
+    backward.dtype = backward.param_dtype = dtype_of<T>;
+    backward.training = training;
+    backward.grad_output = grad_output.view;
+    backward.input = input.view;
+    backward.weight = {weight.data(), 1};
+    backward.mean = r.mean.data();
+    backward.invstd = r.invstd.data();
+    backward.grad_input = r.grad_input.data();
+    backward.grad_weight = r.grad_weight.data();
+    backward.grad_bias = r.grad_bias.data();
+    backward.scratch = scratch.data();
+    backward.threads = threads;
+    table.backward(backward);
+    return r;
+  }
+};
+
+}  // namespace torch_bn::testing
