@@ -88,6 +88,7 @@ struct BatchNorm : Function<BatchNorm> {
     auto [output, stats] = forward_below(input, weight, bias, options);
     ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
     ctx->mark_non_differentiable({stats});
+    ctx->set_materialize_grads(false);  // else the engine makes zeros for the statistics' gradient
     ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
@@ -95,6 +96,7 @@ struct BatchNorm : Function<BatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {{}, {}, {}, {}};
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
     const auto bias_sizes = ctx->saved_data.find("bias_sizes");
