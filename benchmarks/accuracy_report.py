@@ -107,7 +107,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     left.set_xlabel("mean of the data (standard deviation 1)")
     left.set_ylabel("largest error of the output, relative")
     for mean, style in zip((0.0, 100.0, 1e4), _LINES, strict=False):
-        of_mean = [r for r in chosen if r.mean == mean and r.std == 1]
+        of_mean = [r for r in chosen if r.mean == mean and r.std == 1 and r.shape.count("x") == 1]
         _curve(right, of_mean, "rows", style, f"mean {mean:g}")
     right.set_xscale("log")
     right.set_xlabel("rows")
@@ -121,7 +121,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         (0.98, 2.0**-24),
         xycoords=("axes fraction", "data"),
         ha="right",
-        va="bottom",
+        va="top",
         fontsize=8,
         color="0.4",
     )

@@ -10,7 +10,7 @@ namespace torch_bn::kernels {
 
 std::size_t forward_scratch(const Shape& shape) {
   const Partition partition(shape);
-  return static_cast<std::size_t>((2 * partition.segments + 2) * partition.channels);
+  return static_cast<std::size_t>((4 * partition.segments + 2) * partition.channels);
 }
 
 std::size_t backward_scratch(const Shape& shape) {

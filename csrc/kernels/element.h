@@ -19,18 +19,21 @@ inline To bits_as(From from) {
 }
 
 struct Float32 {
+  static constexpr bool kIsDouble = false;
   using Storage = float;
   static double load(Storage x) { return x; }
   static Storage store(double x) { return static_cast<float>(x); }
 };
 
 struct Float64 {
+  static constexpr bool kIsDouble = true;
   using Storage = double;
   static double load(Storage x) { return x; }
   static Storage store(double x) { return x; }
 };
 
 struct BFloat16 {
+  static constexpr bool kIsDouble = false;
   using Storage = std::uint16_t;
   static double load(Storage x) { return bits_as<float>(static_cast<std::uint32_t>(x) << 16); }
   static Storage store(double value) {
@@ -42,6 +45,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  static constexpr bool kIsDouble = false;
   using Storage = std::uint16_t;
   static double load(Storage h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;

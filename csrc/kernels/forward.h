@@ -3,6 +3,7 @@
 
 #include "channels.h"
 #include "elementwise.h"
+#include "exact_sum.h"
 #include "vec.h"
 
 namespace torch_bn::kernels {
@@ -38,6 +39,8 @@ struct Merge {
 struct alignas(64) TileMoments {
   double mean[kTileChannels];
   double m2[kTileChannels];
+  double sum_hi[kTileChannels];  // of float64 data only
+  double sum_lo[kTileChannels];
 };
 
 // Merges `count` rows of a tile into the moments of the `before` rows already there.
@@ -64,41 +67,72 @@ inline void merge_block(const Tile& tile, i64 count, i64 before, i64 width, Tile
   }
 }
 
-// Moments of one segment of rows in one tile of channels, to partial[0 .. C) (mean) and partial[C .. 2C) (M2).
+inline void add_block_exactly(const Tile& tile, i64 count, i64 width, TileMoments& moments) {
+  for (i64 c = 0; c < width; c += kWidth) {
+    Vec hi = load(&moments.sum_hi[c]);
+    Vec lo = load(&moments.sum_lo[c]);
+    for (i64 r = 0; r < count; ++r) add_exactly(hi, lo, load(&tile.at[r][c]));
+    store(&moments.sum_hi[c], hi);
+    store(&moments.sum_lo[c], lo);
+  }
+}
+
+// The moments of a segment as they lie in scratch, each an array over the channels.
+struct Partial {
+  double* mean;
+  double* m2;
+  double* sum_hi;
+  double* sum_lo;
+  Partial(double* scratch, i64 segment, i64 channels)
+      : mean(scratch + kPartials * segment * channels),
+        m2(mean + channels),
+        sum_hi(m2 + channels),
+        sum_lo(sum_hi + channels) {}
+  static constexpr i64 kPartials = 4;
+};
+
+// Moments of one segment of rows in one tile of channels.
 template <typename Element>
-void segment_moments(const ForwardArgs& args, Range rows, Range channels, double* partial) {
+void segment_moments(const ForwardArgs& args, Range rows, Range channels, const Partial& partial) {
   Tile tile;
-  TileMoments moments;
+  TileMoments moments = {};
   for (i64 begin = rows.begin; begin < rows.end; begin += kBlockRows) {
     const Range block{begin, min_of(begin + kBlockRows, rows.end)};
     load_tile<Element>(args.input, args.shape, block, channels, tile);
     merge_block(tile, block.size(), begin - rows.begin, channels.size(), moments);
+    if constexpr (Element::kIsDouble) add_block_exactly(tile, block.size(), channels.size(), moments);
   }
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    partial[c] = moments.mean[c - channels.begin];
-    partial[args.shape.c + c] = moments.m2[c - channels.begin];
+    const i64 own = c - channels.begin;
+    partial.mean[c] = moments.mean[own];
+    partial.m2[c] = moments.m2[own];
+    if constexpr (Element::kIsDouble) {
+      partial.sum_hi[c] = moments.sum_hi[own];
+      partial.sum_lo[c] = moments.sum_lo[own];
+    }
   }
 }
 
-// Scratch: [segments][mean, M2][C] partial moments, then [scale, bias][C] coefficients.
+// Scratch: [segments][four moments][C], then [scale, bias][C] coefficients.
 struct ForwardScratch {
   double* partial;
   double* scale;
   double* bias;
   ForwardScratch(const ForwardArgs& args, const Partition& partition)
       : partial(args.scratch),
-        scale(partial + 2 * partition.segments * partition.channels),
+        scale(partial + Partial::kPartials * partition.segments * partition.channels),
         bias(scale + partition.channels) {}
 };
 
+// Leaves the moments of the whole batch in the first segment's place.
 template <typename Element>
-void batch_moments(const Team& team, const ForwardArgs& args, const Partition& partition, double* partial) {
+void batch_moments(const Team& team, const ForwardArgs& args, const Partition& partition, double* scratch) {
   const i64 channels = partition.channels;
   const Range tasks = team.share(partition.segments * partition.tiles);
   for (i64 task = tasks.begin; task < tasks.end; ++task) {
     const i64 s = task / partition.tiles;
     segment_moments<Element>(args, partition.segment(s), partition.tile(task % partition.tiles),
-                             partial + 2 * s * channels);
+                             Partial(scratch, s, channels));
   }
   team.barrier();
   const Range own = team.share(channels);
@@ -108,10 +142,22 @@ void batch_moments(const Team& team, const ForwardArgs& args, const Partition& p
     const i64 middle = right * partition.segment_rows;
     const i64 end = min_of((right + step) * partition.segment_rows, partition.rows);
     const Merge merge(middle - left * partition.segment_rows, end - middle);
-    double* a = partial + 2 * left * channels;
-    const double* b = partial + 2 * right * channels;
-    for (i64 c = own.begin; c < own.end; ++c) merge(a[c], a[channels + c], b[c], b[channels + c]);
+    const Partial a(scratch, left, channels);
+    const Partial b(scratch, right, channels);
+    for (i64 c = own.begin; c < own.end; ++c) {
+      merge(a.mean[c], a.m2[c], b.mean[c], b.m2[c]);
+      if constexpr (Element::kIsDouble) {
+        add_exactly(a.sum_hi[c], a.sum_lo[c], b.sum_hi[c]);
+        a.sum_lo[c] += b.sum_lo[c];
+      }
+    }
   });
+  if constexpr (Element::kIsDouble) {
+    const Partial whole(scratch, 0, channels);
+    const double rows = static_cast<double>(partition.rows);
+    for (i64 c = own.begin; c < own.end; ++c)
+      whole.mean[c] = refined_mean(whole.mean[c], whole.sum_hi[c], whole.sum_lo[c], rows);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -147,8 +193,9 @@ void forward(const ForwardArgs& args) {
     for (i64 c = own.begin; c < own.end; ++c) {
       double var;
       if (args.training) {
-        const double m2 = scratch.partial[partition.channels + c];
-        args.mean[c] = scratch.partial[c];
+        const Partial whole(scratch.partial, 0, partition.channels);
+        const double m2 = whole.m2[c];
+        args.mean[c] = whole.mean[c];
         var = m2 / rows;
         update_running<Param>(args, c, args.mean[c], m2 / (rows - 1.0));
       } else {

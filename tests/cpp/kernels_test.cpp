@@ -77,6 +77,21 @@ TEST_P(Kernels, TrainingAgreesWithTheDefinitionInFloat64) {
     }
 }
 
+// Pairs that cancel but for 2^-30 leave a mean far below the data: it is right to its own last bits, which
+// sums of doubles cannot give.
+TEST_P(Kernels, ACancellingMeanIsRightInFloat64) {
+  const Shape shape{20000, 3, 1};
+  Problem<double> problem(shape, 0, 1);
+  for (int64_t n = 0; n < shape.n; n += 2)
+    for (int64_t c = 0; c < shape.c; ++c) {
+      double& first = problem.x[at(shape, n, c, 0)];
+      problem.x[at(shape, n + 1, c, 0)] = 0x1p-30 - first;
+      first = 0x1p-30 - problem.x[at(shape, n + 1, c, 0)];  // now the pair's sum is exact
+    }
+  const auto got = problem.run(table());
+  for (int64_t c = 0; c < shape.c; ++c) EXPECT_EQ(got.mean[c], 0x1p-31);
+}
+
 // x[2i] + x[2i+1] = 2 mean on a dyadic grid: every partial sum is exact, so the results are too, in any order.
 TEST_P(Kernels, ExactDataGiveExactStatistics) {
   for (const int64_t rows : {2, 64, 128, 130, 8192, 20000}) {
