@@ -1,0 +1,173 @@
+"""The command line of the job."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlp.data import DEFAULT_URL
+from mlp.model import PLACEMENTS
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Whatever changes the figures of a run; a resumed run must have the same."""
+
+    placement: str
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    seed: int
+    dtype: str
+    threads: int
+    preprocess: str
+    validate: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The whole command line."""
+
+    settings: Settings
+    data: Path | None
+    data_url: str
+    cache: Path | None
+    out: Path
+    resume: bool
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive, finite number")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_mlp.py",
+        description="Train an MLP with torch_bn.BatchNorm1d, with torch.nn.BatchNorm1d and without "
+        "batch norm, and prove step by step that torch_bn computes the right thing.",
+        epilog="Exit status: 0 all proofs passed, 1 a proof failed, 2 wrong usage or data, "
+        "130 interrupted (continue with --resume).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("TORCH_BN_MNIST") or None,
+        help="directory with MNIST's four IDX files, plain or .gz; "
+        "the environment variable TORCH_BN_MNIST gives the default",
+    )
+    data.add_argument(
+        "--data-url", metavar="URL", default=DEFAULT_URL, help="where MNIST is fetched from"
+    )
+    data.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where fetched files are kept (user's cache)"
+    )
+    data.add_argument(
+        "--preprocess",
+        choices=("zscore", "minmax", "unit", "none"),
+        default="zscore",
+        help="scaling of the inputs, fitted on the training split",
+    )
+
+    train = parser.add_argument_group("training")
+    train.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="before",
+        help="batch norm nowhere, after each hidden ReLU, or between Dense and ReLU",
+    )
+    train.add_argument("--epochs", type=_whole(1, 100_000), default=10, metavar="N", help="passes")
+    train.add_argument(
+        # Batch norm has no variance to divide by when a channel has a single value.
+        "--batch-size",
+        type=_whole(2, 1 << 20),
+        default=64,
+        metavar="N",
+        help="rows in a batch",
+    )
+    train.add_argument(
+        "--optimizer", choices=("adam", "sgd"), default="adam", help="sgd: momentum 0.9"
+    )
+    train.add_argument("--lr", type=_rate, default=1e-3, metavar="RATE", help="learning rate")
+    train.add_argument(
+        "--seed",
+        type=_whole(0, 2**62),
+        default=0,
+        metavar="N",
+        help="of initial weights and batches",
+    )
+    train.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the training")
+    train.add_argument(
+        "--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (Torch's own choice)"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--validate",
+        choices=("off", "short", "full"),
+        default="short",
+        help="how much of the three proofs to run",
+    )
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go (runs/mlp-PLACEMENT)"
+    )
+    run.add_argument("--resume", action="store_true", help="go on from an interrupted run in --out")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    """The options in `argv` (the process's own when None). Exits with 2 when they are wrong."""
+    values = _parser().parse_args(argv)
+    return Options(
+        settings=Settings(
+            placement=values.placement,
+            epochs=values.epochs,
+            batch_size=values.batch_size,
+            optimizer=values.optimizer,
+            lr=values.lr,
+            seed=values.seed,
+            dtype=values.dtype,
+            threads=values.threads or torch.get_num_threads(),
+            preprocess=values.preprocess,
+            validate=values.validate,
+        ),
+        data=values.data,
+        data_url=values.data_url,
+        cache=values.cache,
+        out=values.out or Path("runs") / f"mlp-{values.placement}",
+        resume=values.resume,
+    )
