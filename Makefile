@@ -2,8 +2,10 @@
 #
 #   make train DATA=DIR             on the MNIST files in DIR
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
+#   make test-arm64                 the kernels on arm64, under emulation
+#   make accuracy                   the table of errors, docs/accuracy.md
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python lint clean
+.PHONY: help setup train test test-cpp test-python test-arm64 accuracy lint clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -30,6 +32,12 @@ test-cpp: setup
 
 test-python: setup
 	@$(VENV)/bin/python -m pytest -q
+
+test-arm64: test-cpp
+	@scripts/test_arm64.sh
+
+accuracy: setup
+	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
