@@ -79,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
         "batch norm, and prove step by step that torch_bn computes the right thing.",
         epilog="Exit status: 0 all proofs passed, 1 a proof failed, 2 wrong usage or data, "
         "130 interrupted (continue with --resume).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -91,16 +90,22 @@ def _parser() -> argparse.ArgumentParser:
         "the environment variable TORCH_BN_MNIST gives the default",
     )
     data.add_argument(
-        "--data-url", metavar="URL", default=DEFAULT_URL, help="where MNIST is fetched from"
+        "--data-url",
+        metavar="URL",
+        default=DEFAULT_URL,
+        help="where MNIST is fetched from (default: %(default)s)",
     )
     data.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where fetched files are kept (user's cache)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where fetched files are kept (default: the user's cache)",
     )
     data.add_argument(
         "--preprocess",
         choices=("zscore", "minmax", "unit", "none"),
         default="zscore",
-        help="scaling of the inputs, fitted on the training split",
+        help="scaling of the inputs, fitted on the training split (default: %(default)s)",
     )
 
     train = parser.add_argument_group("training")
@@ -108,31 +113,54 @@ def _parser() -> argparse.ArgumentParser:
         "--placement",
         choices=PLACEMENTS,
         default="before",
-        help="batch norm nowhere, after each hidden ReLU, or between Dense and ReLU",
+        help="batch norm nowhere, after each hidden ReLU, or before it (default: %(default)s)",
     )
-    train.add_argument("--epochs", type=_whole(1, 100_000), default=10, metavar="N", help="passes")
+    train.add_argument(
+        "--epochs",
+        type=_whole(1, 100_000),
+        default=10,
+        metavar="N",
+        help="passes over the training split (default: %(default)s)",
+    )
     train.add_argument(
         # Batch norm has no variance to divide by when a channel has a single value.
         "--batch-size",
         type=_whole(2, 1 << 20),
         default=64,
         metavar="N",
-        help="rows in a batch",
+        help="rows in a batch (default: %(default)s)",
     )
     train.add_argument(
-        "--optimizer", choices=("adam", "sgd"), default="adam", help="sgd: momentum 0.9"
+        "--optimizer",
+        choices=("adam", "sgd"),
+        default="adam",
+        help="sgd: momentum 0.9 (default: %(default)s)",
     )
-    train.add_argument("--lr", type=_rate, default=1e-3, metavar="RATE", help="learning rate")
+    train.add_argument(
+        "--lr",
+        type=_rate,
+        default=1e-3,
+        metavar="RATE",
+        help="learning rate (default: %(default)s)",
+    )
     train.add_argument(
         "--seed",
         type=_whole(0, 2**62),
         default=0,
         metavar="N",
-        help="of initial weights and batches",
+        help="of initial weights and batches (default: %(default)s)",
     )
-    train.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the training")
     train.add_argument(
-        "--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (Torch's own choice)"
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the training (default: %(default)s)",
+    )
+    train.add_argument(
+        "--threads",
+        type=_whole(1, 1024),
+        metavar="N",
+        help="CPU threads (default: Torch's own choice)",
     )
 
     run = parser.add_argument_group("run")
@@ -140,10 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         "--validate",
         choices=("off", "short", "full"),
         default="short",
-        help="how much of the three proofs to run",
+        help="how much of the three proofs to run (default: %(default)s)",
     )
     run.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (runs/mlp-PLACEMENT)"
+        "--out", type=Path, metavar="DIR", help="where results go (default: runs/mlp-PLACEMENT)"
     )
     run.add_argument("--resume", action="store_true", help="go on from an interrupted run in --out")
     return parser

@@ -306,7 +306,8 @@ def test_layer_that_learns_nothing_fails_every_proof(data: Path, tmp_path: Path)
 )
 def test_real_mnist(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status = train_mlp.main(["--epochs", "1", "--threads", "2", "--out", str(out)])
+    status = train_mlp.main(["--epochs", "1", "--threads", "1", "--out", str(out)])
+    assert status in (0, 1), "the job did not run"
     found = report(out)
     assert status == 0, [line for proof in found["proofs"] for line in proof["lines"]]
     assert (found["data"]["train"], found["data"]["test"]) == (54_000, 10_000)
