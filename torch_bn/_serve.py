@@ -104,21 +104,24 @@ def _is_final(
     if isinstance(error, (ValueError, AttributeError)) or not isinstance(input, Tensor):
         return False
     counter_is_usual = num_batches_tracked is None or (
-        num_batches_tracked.dtype == torch.long and num_batches_tracked.dim() == 0
+        _is_dense(num_batches_tracked)
+        and num_batches_tracked.dtype == torch.long
+        and num_batches_tracked.dim() == 0
     )
     return (
         counter_is_usual
         and input.numel() > 0  # torch checks no sizes then
-        and all(_is_dense_on_cpu(each) for each in (*tensors, num_batches_tracked))
+        and all(each is None or _is_dense(each) for each in tensors)
+        and any(each is not None and each.is_cpu for each in tensors)
         and isinstance(momentum, (float, int, NoneType))
         and isinstance(eps, (float, int))
     )
 
 
-def _is_dense_on_cpu(tensor: Tensor | None) -> bool:
-    return tensor is None or (
+def _is_dense(tensor: Tensor) -> bool:
+    return (
         type(tensor) in (Tensor, Parameter)
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_meta)
         and tensor.layout == torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested

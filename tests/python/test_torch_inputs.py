@@ -27,7 +27,9 @@ with warnings.catch_warnings():  # torch's own, raised while its test utilities 
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.BatchNorm1d)
+# Two entries, which differ only with cuDNN.
 OPERATORS = [info for info in op_db if info.name == "nn.functional.batch_norm"]
+OPERATOR = OPERATORS[0]
 LAYERS = [torch.nn.BatchNorm1d, torch_bn.BatchNorm1d]
 FUNCTIONALS = [F.batch_norm, torch_bn.functional.batch_norm]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -57,8 +59,7 @@ def module_samples(training: bool, dtype: torch.dtype, requires_grad: bool) -> l
 
 def operator_samples(dtype: torch.dtype, requires_grad: bool) -> list[Any]:
     torch.manual_seed(0)
-    make = [info.sample_inputs for info in OPERATORS]
-    return [s for each in make for s in each("cpu", dtype, requires_grad=requires_grad)]
+    return list(OPERATOR.sample_inputs("cpu", dtype, requires_grad=requires_grad))
 
 
 def describe(sample: Any) -> str:
@@ -110,8 +111,9 @@ def assert_close(got: Tensor, want: Tensor, scale: float = 0.0) -> None:
 def test_the_samples_are_what_this_file_was_written_for() -> None:
     # Another number after an upgrade of torch calls for a look at what is new.
     assert len(_MODULE_IDS) == 8
-    assert len(_OPERATOR_IDS) == 2 * 12
-    assert set(OPERATORS[0].dtypes) == set(DTYPES)
+    assert len(_OPERATOR_IDS) == 12
+    assert {info.sample_inputs_func.__name__ for info in OPERATORS} == {"sample_inputs_batch_norm"}
+    assert set(OPERATOR.dtypes) == set(DTYPES)
     assert set(MODULE.dtypes) == {torch.float32, torch.float64}
     # torch has none for this operator; the refusals are in test_dropin_errors.py.
     assert all(info.error_inputs_func is None for info in OPERATORS)
@@ -171,14 +173,25 @@ def test_operator(batch_norm: Callable[..., Tensor], index: int, dtype: torch.dt
     leaves = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
     leaves64 = [v for v in values64 if isinstance(v, Tensor) and v.requires_grad]
     for g, g64 in zip(gradients(got, leaves), gradients(want, leaves64), strict=True):
-        # The terms that may cancel are up to weight * invstd * grad_output, weight below 9.
-        invstd = 1.0 if sample.args[1] is None else 1 / (sample.args[1].min().item() + 1e-5) ** 0.5
-        assert_close(g, g64, scale=10 * max(invstd, 1.0) if got.numel() else 0.0)
+        assert_close(g, g64, scale=largest_term(sample))
     for statistics, statistics64 in zip(values[1:3], values64[1:3], strict=True):
         if statistics is not None:
-            assert_close(statistics, statistics64)
+            # Samples are below 9, and with a negative momentum two variances are subtracted.
+            assert_close(statistics, statistics64, scale=81.0)
 
 
+def largest_term(sample: Any) -> float:
+    """A bound on weight * invstd * grad_output, whose sums may cancel; weights are below 9."""
+    if sample.input.numel() == 0:
+        return 0.0
+    x = sample.input.detach().double()
+    var = x.var([d for d in range(x.dim()) if d != 1], correction=0)
+    if not sample.kwargs.get("training", False):
+        var = sample.args[1].double()
+    return 9 * float((var.min() + sample.kwargs.get("eps", 1e-5)).rsqrt())
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 @operator_inputs
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_operator_takes_the_dtypes_that_torch_takes(index: int, dtype: torch.dtype) -> None:
@@ -193,12 +206,12 @@ def test_operator_takes_the_dtypes_that_torch_takes(index: int, dtype: torch.dty
 
     theirs, ours = (outcome(each) for each in FUNCTIONALS)
     assert ours == theirs
-    if dtype in OPERATORS[0].dtypes:
+    if dtype in OPERATOR.dtypes:
         assert ours[0] == dtype
 
 
 # ------------------------------------------------------------------------------------------------
-# Derivatives against finite differences
+# Derivatives against finite differences, in fast_mode as in torch's own harness
 # ------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +230,8 @@ def test_module_gradcheck(layer_class: type, training: bool, index: int) -> None
         return torch.func.functional_call(layer, state, (x,))
 
     inputs = (only_input(sample), *layer.parameters())
-    assert gradcheck(call, inputs, check_forward_ad=True)
-    assert gradgradcheck(call, inputs)
+    assert gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(call, inputs, fast_mode=True)
 
 
 @functionals
@@ -231,8 +244,10 @@ def test_operator_gradcheck(batch_norm: Callable[..., Tensor], index: int) -> No
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         return batch_norm(x, copied(mean), copied(var), *parameters, **sample.kwargs)
 
-    assert gradcheck(call, inputs, check_forward_ad=OPERATORS[0].supports_forward_ad)
-    assert gradgradcheck(call, inputs, check_fwd_over_rev=OPERATORS[0].supports_fwgrad_bwgrad)
+    assert OPERATOR.supports_forward_ad
+    assert OPERATOR.supports_fwgrad_bwgrad
+    assert gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(call, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,14 +295,10 @@ def test_module_noncontiguous(layer_class: type, training: bool, index: int) -> 
     sample = module_samples(training, torch.float32, True)[index]
     layer = build(layer_class, sample, training)
     other = copy.deepcopy(layer)
-    for name, tensor in [*other.named_parameters(), *other.named_buffers()]:
+    for tensor in [*other.parameters(), *other.buffers()]:
         if tensor.dim() == 1:
             tensor.data = spread(tensor.data)
-            assert (
-                not other.get_parameter(name).is_contiguous()
-                if name in dict(other.named_parameters())
-                else not other.get_buffer(name).is_contiguous()
-            )
+            assert not tensor.is_contiguous()
     x = only_input(sample)
     strided = copied(x, spread)
     want, got = layer(x), other(strided)
@@ -324,7 +335,7 @@ def test_operator_does_not_materialise_copies_on_write(index: int) -> None:
     sample = operator_samples(torch.float32, False)[index]
     lazy = [v if v is None else torch._lazy_clone(v) for v in (sample.input, *sample.args)]
     torch_bn.functional.batch_norm(*lazy, **sample.kwargs)
-    allowed = OPERATORS[0].allow_cow_input_materialize_forward
+    allowed = OPERATOR.allow_cow_input_materialize_forward
     for i, tensor in enumerate(lazy):
         if tensor is not None and tensor.numel() and i not in allowed:
             assert torch._C._is_cow_tensor(tensor), i
