@@ -84,8 +84,8 @@ def _belongs_to_torch(tensors: tuple[Tensor | None, ...]) -> bool:
     """
     if torch.onnx.is_in_onnx_export():
         return True
-    overloaded = _get_overloaded_args(tensors)
-    return bool(overloaded) and not any(isinstance(each, Proxy) for each in overloaded)
+    overrides = [each for each in _get_overloaded_args(tensors) if type(each) is not Tensor]
+    return bool(overrides) and not any(isinstance(each, Proxy) for each in overrides)
 
 
 def _is_final(
