@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mlp import data, fetch, idx
 
 TRAINING, TEST = 25, 7

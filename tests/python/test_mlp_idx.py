@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mlp import idx
 
 VALUES = torch.arange(2 * 3 * 4, dtype=torch.uint8).reshape(2, 3, 4)

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+
 from mlp.data import Preprocessor
 
 MODES = ("zscore", "minmax", "unit", "none")
