@@ -172,6 +172,15 @@ def test_another_device(layer_class: type, training: bool, momentum: float | Non
     assert type(z.grad_fn).__name__ == "NativeBatchNormBackward0"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dtypes_that_mix_on_meta_alone(dtype: torch.dtype) -> None:
+    # Torch's own takes on meta what it refuses on CPU.
+    x = torch.empty(5, C, device="meta")
+    for layer_class in LAYERS:
+        layer = layer_class(C, device="meta", dtype=dtype)
+        assert layer(x).shape == (5, C)
+
+
 def test_mkldnn_input_of_the_functional() -> None:
     x, mean, var = torch.randn(2, C, 5, 5), torch.rand(C), torch.rand(C) + 1
     weight, bias = torch.rand(C), torch.rand(C)

@@ -170,6 +170,14 @@ def test_attributes_changed_after_construction(name: str) -> None:
     assert_twins(CHANGES[name])
 
 
+def test_training_of_an_int_through_torchs_own() -> None:
+    def change(layer: nn.Module) -> None:
+        layer.training = 1
+        layer.num_batches_tracked = torch.tensor(0, dtype=torch.int32)  # not for our operator
+
+    assert_twins(change)
+
+
 def test_a_weight_of_another_shape() -> None:
     # Torch's own refuses it, but in its backward only; ours gives a gradient of that shape.
     layer, plain = torch_bn.BatchNorm1d(C), torch_bn.BatchNorm1d(C)
