@@ -11,6 +11,16 @@ from __future__ import annotations
 
 from torch_bn import functional
 from torch_bn._library import __version__, build_info
+from torch_bn.conversion import convert, revert
+from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
-__all__ = ["BatchNorm1d", "__version__", "build_info", "functional"]
+__all__ = [
+    "BatchNorm1d",
+    "LazyBatchNorm1d",
+    "__version__",
+    "build_info",
+    "convert",
+    "functional",
+    "revert",
+]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torch_bn import _serve
 
 __all__ = ["batch_norm"]
 
@@ -50,6 +51,7 @@ def batch_norm(
         NotImplementedError: if the input is of an integer or complex dtype.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
         >>> mean, var = torch.zeros(1), torch.ones(1)
         >>> batch_norm(x, mean, var, training=True, momentum=0.5).flatten()
@@ -57,9 +59,9 @@ def batch_norm(
         >>> mean, var
         (tensor([1.]), tensor([1.]))
     """
-    if input.device.type != "cpu" or input.dim() not in (2, 3):
+    is_1d = not isinstance(input, Tensor) or input.dim() in (2, 3)  # an FX proxy may be
+    if momentum is None or not isinstance(training, bool) or not is_1d:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    result: Tensor = torch.ops.torch_bn.batch_norm.default(
+    return _serve.batch_norm(
         input, weight, bias, running_mean, running_var, None, training, momentum, eps
     )
-    return result

@@ -3,7 +3,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <sstream>
+#include <charconv>
+#include <cmath>
+#include <iterator>
+#include <string>
 
 namespace torch_bn::ops {
 namespace {
@@ -23,24 +26,36 @@ void check_more_than_one_row(const at::Tensor& input) {
                     input.sym_sizes(), ")");
 }
 
+// Python's spelling of a float, as in torch's own message: the fewest digits that read back as the same number.
+std::string in_pythons_words(double value) {
+  char text[400];  // enough for the 309 digits of the largest double
+  const bool scientific = value != 0.0 && (std::abs(value) < 1e-4 || std::abs(value) >= 1e16);
+  const auto format = scientific ? std::chars_format::scientific : std::chars_format::fixed;
+  const auto end = std::to_chars(std::begin(text), std::end(text), value, format).ptr;
+  std::string words(text, end);
+  if (std::isfinite(value) && words.find_first_of(".e") == std::string::npos) words += ".0";
+  return words;
+}
+
 void check_eps(bool training, double eps) {
-  auto in_words = [eps] {
-    // Python's spelling of a float, as in torch's own message.
-    std::ostringstream out;
-    out << eps;
-    std::string text = out.str();
-    if (text.find_first_of(".en") == std::string::npos) text += ".0";
-    return text;
-  };
   TORCH_CHECK_VALUE(!(training && eps <= 0.0), "batch_norm eps must be positive during training, but got ",
-                    in_words());
-  TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", in_words());
+                    in_pythons_words(eps));
+  TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", in_pythons_words(eps));
 }
 
 void check_features(const char* name, const std::optional<at::Tensor>& argument, const c10::SymInt& channels) {
   if (!is_given(argument)) return;
   TORCH_SYM_CHECK(argument->sym_numel().sym_eq(channels), name, " should contain ", channels, " elements not ",
                   argument->sym_numel());
+}
+
+// The kernels read raw pointers, and a tensor without data (on the meta device) has none.
+void check_device(const at::Tensor& input, const at::Tensor& argument) {
+  TORCH_CHECK(argument.device() == input.device(), "Tensor on device ", argument.device(),
+              " is not on the expected device ", input.device(), "!");
+}
+void check_device(const at::Tensor& input, const std::optional<at::Tensor>& argument) {
+  if (is_given(argument)) check_device(input, *argument);
 }
 
 void check_one_dimension(const std::optional<at::Tensor>& statistics) {
@@ -51,8 +66,8 @@ void check_one_dimension(const std::optional<at::Tensor>& statistics) {
 // Parameters and statistics share one type: the input's, or float32 beside a 16-bit input.
 void check_dtypes(const at::Tensor& input, std::initializer_list<const std::optional<at::Tensor>*> parameters) {
   const auto dtype = input.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(dtype) && (dtype == at::kFloat || dtype == at::kDouble ||
-                                                            at::isReducedFloatingType(dtype)),
+  const bool has_16_bits = dtype == at::kBFloat16 || dtype == at::kHalf;
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble || has_16_bits,
                               "\"batch_norm\" not implemented for '", dtype, "'");
   std::optional<at::ScalarType> first;
   for (const auto* parameter : parameters)
@@ -67,8 +82,7 @@ void check_dtypes(const at::Tensor& input, std::initializer_list<const std::opti
       TORCH_CHECK(own == dtype, "expected scalar type ", dtype, " but found ", own);
     }
   }
-  TORCH_CHECK(!mixed || at::isReducedFloatingType(dtype),
-              "mixed dtype (CPU): all inputs must share same datatype.");
+  TORCH_CHECK(!mixed || has_16_bits, "mixed dtype (CPU): all inputs must share same datatype.");
 }
 
 void check_no_grad(const char* name, const std::optional<at::Tensor>& statistics) {
@@ -95,6 +109,8 @@ void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& wei
   check_features("bias", bias, channels);
   TORCH_CHECK_VALUE(is_given(running_mean) == is_given(running_var),
                     "running_mean and running_var must either both be None or neither be None");
+  for (const auto* argument : {&weight, &bias, &running_mean, &running_var, &num_batches_tracked})
+    check_device(input, *argument);
   check_dtypes(input, {&weight, &bias, &running_mean, &running_var});
   check_one_dimension(running_mean);
   check_one_dimension(running_var);
@@ -108,6 +124,9 @@ void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& wei
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const std::optional<at::Tensor>& weight, const at::Tensor& stats) {
   check_rank(input);
+  check_device(input, grad_output);
+  check_device(input, weight);
+  check_device(input, stats);
   check_dtypes(input, {&weight});
   check_features("weight", weight, input.sym_size(1));
   TORCH_CHECK(grad_output.dim() == input.dim(), "grad_output should have ", input.dim(), " dims not ",
