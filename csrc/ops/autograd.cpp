@@ -178,6 +178,16 @@ Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& inp
   return Gradients{of_result(0), of_result(1), of_result(2)};
 }
 
+// Nothing is differentiable here: the statistics are constants to autograd.
+void update_running_stats_autograd(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                                   const std::optional<at::Tensor>& running_mean,
+                                   const std::optional<at::Tensor>& running_var,
+                                   const std::optional<at::Tensor>& num_batches_tracked,
+                                   std::optional<double> momentum) {
+  const at::AutoDispatchBelowAutograd guard;
+  update_running_stats(mean, var, std::move(count), running_mean, running_var, num_batches_tracked, momentum);
+}
+
 // Statistics and counter are written through raw pointers, which autograd's version counters do not see.
 OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                 const std::optional<at::Tensor>& bias,
@@ -200,11 +210,13 @@ OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at:
 TORCH_LIBRARY_IMPL(torch_bn, Autograd, m) {
   m.impl("_batch_norm_forward", forward_autograd);
   m.impl("batch_norm_backward", backward_autograd);
+  m.impl("_update_running_stats", update_running_stats_autograd);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, ADInplaceOrView, m) {
   m.impl("_batch_norm_forward", forward_in_place);
   m.impl("batch_norm_backward", torch::CppFunction::makeFallthrough());
+  m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace

@@ -26,6 +26,13 @@ Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& i
                               const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                               double eps, OutputMask output_mask);
 
+// Moves running statistics by what a batch of `count` values per channel had: float64 mean and biased variance,
+// both (C). Apart from the forward only where that one is decomposed.
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum);
+
 // The tensor of an optional argument; undefined when there is none.
 inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? *tensor : at::Tensor();

@@ -24,6 +24,10 @@ TORCH_LIBRARY(torch_bn, m) {
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor stats, bool training, "
       "float eps, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_update_running_stats(Tensor mean, Tensor var, SymInt count, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 
 OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
@@ -45,6 +49,16 @@ Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& i
                              .findSchemaOrThrow("torch_bn::batch_norm_backward", "")
                              .typed<decltype(batch_norm_backward)>();
   return op.call(grad_output, input, weight, stats, training, eps, output_mask);
+}
+
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bn::_update_running_stats", "")
+                             .typed<decltype(update_running_stats)>();
+  op.call(mean, var, std::move(count), running_mean, running_var, num_batches_tracked, momentum);
 }
 
 namespace {
