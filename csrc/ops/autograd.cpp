@@ -78,20 +78,28 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
 
 }  // namespace
 
+// Takes the statistics past autograd: as a result they would have to be marked non-differentiable, which compiled
+// autograd does not know.
+struct StatsResult {
+  at::Tensor* stats;
+};
+
 // The names of these two structs are what users see in a result's grad_fn.
 
 // Running statistics are never saved: a second forward before the backward may change them.
 struct BatchNorm : Function<BatchNorm> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                               const ForwardOptions& options) {
+  static constexpr bool is_traceable = true;  // compiled autograd may look into the backward
+
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const ForwardOptions& options,
+                            StatsResult result) {
     auto [output, stats] = forward_below(input, weight, bias, options);
     ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
-    ctx->mark_non_differentiable({stats});
     ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
-    return {output, stats};
+    *result.stats = std::move(stats);
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -109,12 +117,14 @@ struct BatchNorm : Function<BatchNorm> {
     if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
     if (mask[2] && bias_sizes->second.toListRef().size() != 1)
       grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
-    return {grad_input, grad_weight, grad_bias, {}};
+    return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
 
 // Returns the gradients that the mask asks for, and no others, in order.
 struct BatchNormBackward : Function<BatchNormBackward> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
     auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
@@ -161,8 +171,9 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
                               momentum, eps);
   const ForwardOptions options{running_mean, running_var, num_batches_tracked, training, momentum, eps};
   if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
-  const auto results = BatchNorm::apply(input, weight, bias, options);
-  return {results[0], results[1]};
+  at::Tensor stats;
+  at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
+  return {std::move(output), std::move(stats)};
 }
 
 Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,

@@ -1,7 +1,8 @@
-// The transforms of torch.func. Under vmap the batch dimension is folded into the channels, so that one call of the operator serves all
-// samples and is recorded by autograd as such; what does not fold goes sample-wise through the decomposition.
-#include <ATen/core/Tensor.h>
+// The transforms of torch.func. Under vmap the batch dimension is folded into the channels, so that one call of
+// the operator serves all samples and is recorded by autograd as such; what does not fold goes sample-wise through
+// the decomposition.
 #include <ATen/ScalarOps.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
 
@@ -109,8 +110,8 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
   const bool counts_apart = training && counter.batched();
   auto [output, stats] = batch_norm_forward(
       spread.flatten(1, 2), fold_channels(w), fold_channels(b), folded_mean, folded_var,
-      counter.given() && !counts_apart ? std::optional<at::Tensor>(counter.value) : std::nullopt, training, momentum,
-      eps);
+      counter.given() && !counts_apart ? std::optional<at::Tensor>(counter.value) : std::nullopt, training,
+      momentum, eps);
   if (counts_apart) counter.value.add_(1);
   const auto channels = input.sym_size(1);
   return {functorch::addBatchDim(output.unflatten_symint(1, {batch, channels}), 1, level),
@@ -132,8 +133,8 @@ at::Tensor batch_norm_transformed(const at::Tensor& input, const std::optional<a
     if (!momentum) counted = num_batches_tracked->clone();
     num_batches_tracked->add_(at::native::wrapped_scalar_tensor(1));  // named add_.Tensor where it is refused
   }
-  return std::get<0>(batch_norm_forward(input, weight, bias, running_mean, running_var, counted, training,
-                                        momentum, eps));
+  return std::get<0>(
+      batch_norm_forward(input, weight, bias, running_mean, running_var, counted, training, momentum, eps));
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, FuncTorchDynamicLayerFrontMode, m) {
