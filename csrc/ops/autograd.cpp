@@ -58,7 +58,7 @@ struct ForwardOptions {
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
-  return batch_norm_forward(input, weight, bias, options.running_mean, options.running_var,
+  return batch_norm_in_mode(input, weight, bias, options.running_mean, options.running_var,
                             options.num_batches_tracked, options.training, options.momentum, options.eps);
 }
 
@@ -176,6 +176,13 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
   return {std::move(output), std::move(stats)};
 }
 
+OutputAndStats inference_autograd(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                  const at::Tensor& running_var, double eps) {
+  return forward_autograd(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
+                          /*momentum=*/0.0, eps);
+}
+
 Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                             const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                             double eps, OutputMask output_mask) {
@@ -220,12 +227,14 @@ OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at:
 
 TORCH_LIBRARY_IMPL(torch_bn, Autograd, m) {
   m.impl("_batch_norm_forward", forward_autograd);
+  m.impl("_batch_norm_inference", inference_autograd);
   m.impl("batch_norm_backward", backward_autograd);
   m.impl("_update_running_stats", update_running_stats_autograd);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, ADInplaceOrView, m) {
   m.impl("_batch_norm_forward", forward_in_place);
+  m.impl("_batch_norm_inference", torch::CppFunction::makeFallthrough());
   m.impl("batch_norm_backward", torch::CppFunction::makeFallthrough());
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
 }

@@ -108,7 +108,7 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
   const auto folded_mean = fold_channels(mean);
   const auto folded_var = fold_channels(var);
   const bool counts_apart = training && counter.batched();
-  auto [output, stats] = batch_norm_forward(
+  auto [output, stats] = batch_norm_in_mode(
       spread.flatten(1, 2), fold_channels(w), fold_channels(b), folded_mean, folded_var,
       counter.given() && !counts_apart ? std::optional<at::Tensor>(counter.value) : std::nullopt, training,
       momentum, eps);
@@ -116,6 +116,13 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
   const auto channels = input.sym_size(1);
   return {functorch::addBatchDim(output.unflatten_symint(1, {batch, channels}), 1, level),
           functorch::addBatchDim(stats.unflatten_symint(1, {batch, channels}), 1, level)};
+}
+
+OutputAndStats inference_batched(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                 const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                 const at::Tensor& running_var, double eps) {
+  return forward_batched(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
+                         /*momentum=*/0.0, eps);
 }
 
 // The public operator under any transform of torch.func. The counter is counted up in sight of the transforms,
@@ -134,7 +141,7 @@ at::Tensor batch_norm_transformed(const at::Tensor& input, const std::optional<a
     num_batches_tracked->add_(at::native::wrapped_scalar_tensor(1));  // named add_.Tensor where it is refused
   }
   return std::get<0>(
-      batch_norm_forward(input, weight, bias, running_mean, running_var, counted, training, momentum, eps));
+      batch_norm_in_mode(input, weight, bias, running_mean, running_var, counted, training, momentum, eps));
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, FuncTorchDynamicLayerFrontMode, m) {
@@ -143,6 +150,7 @@ TORCH_LIBRARY_IMPL(torch_bn, FuncTorchDynamicLayerFrontMode, m) {
 
 TORCH_LIBRARY_IMPL(torch_bn, FuncTorchBatched, m) {
   m.impl("_batch_norm_forward", forward_batched);
+  m.impl("_batch_norm_inference", inference_batched);
   m.impl("batch_norm_backward", decompose::backward);
   m.impl("_update_running_stats", decompose::update_running_stats);
 }
