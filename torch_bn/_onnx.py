@@ -1,4 +1,4 @@
-"""ONNX export: the standard's own batch normalisation in place of our operator, which it does not know.
+"""ONNX export: the standard's batch normalisation in place of our operator.
 
 The exporter decomposes what it finds in an exported program. Our operator, when it is asked for its
 parts during an ONNX export, is torch's batch norm; at all other times it is what C++ says.
@@ -16,7 +16,7 @@ _PARTS = DispatchKey.CompositeImplicitAutograd
 _operator = torch.ops.torch_bn.batch_norm.default
 
 
-@_operator.py_impl(_PARTS)  # type: ignore[untyped-decorator]
+@_operator.py_impl(_PARTS)
 def _batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -39,3 +39,8 @@ def _batch_norm(
     return torch.batch_norm(
         input, weight, bias, running_mean, running_var, training, factor, eps, False
     )
+
+
+def is_traced_for_onnx() -> bool:
+    """Whether the older exporter runs us, which traces and knows torch's operators only."""
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()

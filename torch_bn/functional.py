@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._jit_internal import is_scripting
+
+from torch_bn import _script
+from torch_bn._onnx import is_traced_for_onnx
 
 __all__ = ["batch_norm"]
 
@@ -57,9 +61,16 @@ def batch_norm(
         >>> mean, var
         (tensor([1.]), tensor([1.]))
     """
-    if input.device.type != "cpu" or input.dim() not in (2, 3):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    result: Tensor = torch.ops.torch_bn.batch_norm.default(
-        input, weight, bias, running_mean, running_var, None, training, momentum, eps
-    )
-    return result
+    if is_scripting():
+        return _script.batch_norm(
+            input, weight, bias, running_mean, running_var, None, training, momentum, eps
+        )
+    else:  # TorchScript compiles what follows an if, but not its other branch
+        if input.device.type != "cpu" or input.dim() not in (2, 3) or is_traced_for_onnx():
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        result: Tensor = torch.ops.torch_bn.batch_norm.default(
+            input, weight, bias, running_mean, running_var, None, training, momentum, eps
+        )
+        return result

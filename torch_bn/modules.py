@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting
+
+from torch_bn import _script
+from torch_bn._onnx import is_traced_for_onnx
 
 __all__ = ["BatchNorm1d"]
 
@@ -49,25 +53,29 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
-        if input.device.type != "cpu":
-            return super().forward(input)
+        # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
+        if not is_scripting():  # noqa: SIM102
+            if input.device.type != "cpu" or is_traced_for_onnx():
+                return super().forward(input)
         training = self.training
         # In training without tracking the statistics are left alone; in evaluation without them
         # the batch's own are used. Both as in torch.
         uses_running = not training or self.track_running_stats
         running_mean = self.running_mean if uses_running else None
         running_var = self.running_var if uses_running else None
-        by_batch = training or (running_mean is None and running_var is None)
-        counter = self.num_batches_tracked if training and self.track_running_stats else None
-        result: Tensor = torch.ops.torch_bn.batch_norm.default(
+        arguments = (
             input,
             self.weight,
             self.bias,
             running_mean,
             running_var,
-            counter,
-            by_batch,
+            self.num_batches_tracked if training and self.track_running_stats else None,
+            training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
         )
-        return result
+        if is_scripting():
+            return _script.batch_norm(*arguments)
+        else:
+            result: Tensor = torch.ops.torch_bn.batch_norm.default(*arguments)
+            return result
