@@ -11,6 +11,7 @@ add_library(torch_bn SHARED
   csrc/ops/checks.cpp
   csrc/ops/cpu.cpp
   csrc/ops/decompose.cpp
+  csrc/ops/functorch.cpp
   csrc/ops/meta.cpp
   csrc/ops/schema.cpp)
 add_library(torch_bn::torch_bn ALIAS torch_bn)

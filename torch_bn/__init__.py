@@ -9,6 +9,7 @@ tensor([[-1.0000,  0.0000,  1.0000],
 
 from __future__ import annotations
 
+from torch_bn import _onnx as _onnx
 from torch_bn import functional
 from torch_bn._library import __version__, build_info
 from torch_bn.conversion import convert, revert

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._jit_internal import is_scripting
 
-from torch_bn import _serve
+from torch_bn import _script, _serve
 
 __all__ = ["batch_norm"]
 
@@ -59,9 +60,16 @@ def batch_norm(
         >>> mean, var
         (tensor([1.]), tensor([1.]))
     """
-    is_1d = not isinstance(input, Tensor) or input.dim() in (2, 3)  # an FX proxy may be
-    if momentum is None or not isinstance(training, bool) or not is_1d:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _serve.batch_norm(
-        input, weight, bias, running_mean, running_var, None, training, momentum, eps
-    )
+    if is_scripting():
+        return _script.batch_norm(
+            input, weight, bias, running_mean, running_var, None, training, momentum, eps
+        )
+    else:  # TorchScript compiles what follows an if, but not its other branch
+        is_1d = not isinstance(input, Tensor) or input.dim() in (2, 3)  # an FX proxy may be
+        if momentum is None or not isinstance(training, bool) or not is_1d:
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        return _serve.batch_norm(
+            input, weight, bias, running_mean, running_var, None, training, momentum, eps
+        )

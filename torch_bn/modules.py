@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 
-from torch_bn import _serve
+from torch_bn import _script, _serve
 
 __all__ = ["BatchNorm1d"]
 
@@ -52,15 +53,17 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
-        if not isinstance(input, Proxy):  # FX does not know the rank while it traces
-            self._check_input_dim(input)
+        # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
+        if not is_scripting():  # noqa: SIM102
+            if not isinstance(input, Proxy):  # FX does not know the rank while it traces
+                self._check_input_dim(input)
         training = bool(self.training)
         # In training without tracking the statistics are left alone; in evaluation without them
         # the batch's own are used. Both as in torch.
         uses_running = not training or self.track_running_stats
         running_mean = self.running_mean if uses_running else None
         running_var = self.running_var if uses_running else None
-        return _serve.batch_norm(
+        arguments = (
             input,
             self.weight,
             self.bias,
@@ -71,3 +74,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             self.momentum,
             self.eps,
         )
+        if is_scripting():
+            return _script.batch_norm(*arguments)
+        else:
+            return _serve.batch_norm(*arguments)

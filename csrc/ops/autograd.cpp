@@ -58,7 +58,7 @@ struct ForwardOptions {
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
-  return batch_norm_forward(input, weight, bias, options.running_mean, options.running_var,
+  return batch_norm_in_mode(input, weight, bias, options.running_mean, options.running_var,
                             options.num_batches_tracked, options.training, options.momentum, options.eps);
 }
 
@@ -78,25 +78,31 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
 
 }  // namespace
 
+// Takes the statistics past autograd: as a result they would have to be marked non-differentiable, which compiled
+// autograd does not know.
+struct StatsResult {
+  at::Tensor* stats;
+};
+
 // The names of these two structs are what users see in a result's grad_fn.
 
 // Running statistics are never saved: a second forward before the backward may change them.
 struct BatchNorm : Function<BatchNorm> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                               const ForwardOptions& options) {
+  static constexpr bool is_traceable = true;  // compiled autograd may look into the backward
+
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const ForwardOptions& options,
+                            StatsResult result) {
     auto [output, stats] = forward_below(input, weight, bias, options);
     ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
-    ctx->mark_non_differentiable({stats});
-    ctx->set_materialize_grads(false);  // else the engine makes zeros for the statistics' gradient
     ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
-    return {output, stats};
+    *result.stats = std::move(stats);
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return {{}, {}, {}, {}};
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
     const auto bias_sizes = ctx->saved_data.find("bias_sizes");
@@ -111,12 +117,14 @@ struct BatchNorm : Function<BatchNorm> {
     if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
     if (mask[2] && bias_sizes->second.toListRef().size() != 1)
       grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
-    return {grad_input, grad_weight, grad_bias, {}};
+    return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
 
 // Returns the gradients that the mask asks for, and no others, in order.
 struct BatchNormBackward : Function<BatchNormBackward> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
     auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
@@ -163,8 +171,16 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
                               momentum, eps);
   const ForwardOptions options{running_mean, running_var, num_batches_tracked, training, momentum, eps};
   if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
-  const auto results = BatchNorm::apply(input, weight, bias, options);
-  return {results[0], results[1]};
+  at::Tensor stats;
+  at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
+  return {std::move(output), std::move(stats)};
+}
+
+OutputAndStats inference_autograd(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                  const at::Tensor& running_var, double eps) {
+  return forward_autograd(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
+                          /*momentum=*/0.0, eps);
 }
 
 Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
@@ -178,6 +194,16 @@ Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& inp
   std::size_t next = 0;
   auto of_result = [&](std::size_t i) { return output_mask[i] ? results[next++] : at::Tensor(); };
   return Gradients{of_result(0), of_result(1), of_result(2)};
+}
+
+// Nothing is differentiable here: the statistics are constants to autograd.
+void update_running_stats_autograd(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                                   const std::optional<at::Tensor>& running_mean,
+                                   const std::optional<at::Tensor>& running_var,
+                                   const std::optional<at::Tensor>& num_batches_tracked,
+                                   std::optional<double> momentum) {
+  const at::AutoDispatchBelowAutograd guard;
+  update_running_stats(mean, var, std::move(count), running_mean, running_var, num_batches_tracked, momentum);
 }
 
 // Statistics and counter are written through raw pointers, which autograd's version counters do not see.
@@ -201,12 +227,16 @@ OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at:
 
 TORCH_LIBRARY_IMPL(torch_bn, Autograd, m) {
   m.impl("_batch_norm_forward", forward_autograd);
+  m.impl("_batch_norm_inference", inference_autograd);
   m.impl("batch_norm_backward", backward_autograd);
+  m.impl("_update_running_stats", update_running_stats_autograd);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, ADInplaceOrView, m) {
   m.impl("_batch_norm_forward", forward_in_place);
+  m.impl("_batch_norm_inference", torch::CppFunction::makeFallthrough());
   m.impl("batch_norm_backward", torch::CppFunction::makeFallthrough());
+  m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace

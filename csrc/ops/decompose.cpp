@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/library.h>
 
 #include "checks.h"
 
@@ -70,30 +71,30 @@ Normalised normalise_for_backward(const Rows& rows, const at::Tensor& input, con
                   : normalise_by(rows, input, stats.select(0, 0), stats.select(0, 1));
 }
 
-// running = (1 - m) * running + m * new, with a factor m that may depend on the counter's value.
-void update_running(const std::optional<at::Tensor>& running, const at::Tensor& value, const at::Tensor& factor) {
-  if (!is_given(running)) return;
-  running->copy_((1 - factor) * wide(*running) + factor * value);
+c10::SymInt values_per_channel(const at::Tensor& input) {
+  return input.dim() == 3 ? input.sym_size(0) * input.sym_size(2) : input.sym_size(0);
 }
 
-void update_statistics(const Rows& rows, const Normalised& batch, const at::Tensor& input,
-                       const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
-                       const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
-  at::AutoGradMode no_grad(false);
-  const auto options = input.options().dtype(at::kDouble);
-  at::Tensor factor = at::scalar_tensor(momentum.value_or(0.0), options);
+}  // namespace
+
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
+  const at::AutoGradMode no_grad(false);
+  at::Tensor factor = at::scalar_tensor(momentum.value_or(0.0), mean.options());
   if (is_given(num_batches_tracked)) {
     num_batches_tracked->add_(1);
     if (!momentum) factor = wide(*num_batches_tracked).reciprocal();
   }
-  c10::SymInt count = input.sym_size(0);
-  if (input.dim() == 3) count = count * input.sym_size(2);
-  update_running(running_mean, rows.flat(batch.mean.detach()), factor);
-  const at::Tensor n = at::scalar_tensor(c10::Scalar(count), options);
-  update_running(running_var, rows.flat(batch.var.detach()) * (n / (n - 1)), factor);
+  auto move = [&](const std::optional<at::Tensor>& running, const at::Tensor& towards) {
+    if (is_given(running)) running->copy_((1 - factor) * wide(*running) + factor * towards);
+  };
+  if (TORCH_GUARD_OR_FALSE(count.sym_eq(0))) return;  // no value, no change
+  move(running_mean, mean);
+  const at::Tensor n = at::scalar_tensor(c10::Scalar(count), mean.options());
+  move(running_var, var * (n / (n - 1)));
 }
-
-}  // namespace
 
 // The formulas of csrc/kernels/forward.h.
 OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
@@ -106,11 +107,10 @@ OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>&
   Normalised normalised;
   if (training) {
     normalised = normalise_by_batch(rows, input, eps);
-    if (TORCH_GUARD_OR_TRUE(input.sym_numel().sym_ne(0))) {
-      update_statistics(rows, normalised, input, running_mean, running_var, num_batches_tracked, momentum);
-    } else if (is_given(num_batches_tracked)) {
-      num_batches_tracked->add_(1);
-    }
+    if (is_given(running_mean) || is_given(num_batches_tracked))
+      ops::update_running_stats(rows.flat(normalised.mean).detach(), rows.flat(normalised.var).detach(),
+                                values_per_channel(input), running_mean, running_var, num_batches_tracked,
+                                momentum);
   } else {
     normalised = normalise_by(rows, input, *running_mean, (wide(*running_var) + eps).rsqrt());
   }
@@ -141,6 +141,10 @@ Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const
   if (output_mask[1]) grad_weight = rows.sum(g * by.xhat).to(dtype);
   if (output_mask[2]) grad_bias = rows.sum(g).to(dtype);
   return {grad_input, grad_weight, grad_bias};
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, CompositeExplicitAutograd, m) {
+  m.impl("_update_running_stats", update_running_stats);
 }
 
 // -------------------------------------------------------------------------------------------------------------

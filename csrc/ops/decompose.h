@@ -13,6 +13,12 @@ OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>&
                        const std::optional<at::Tensor>& num_batches_tracked, bool training,
                        std::optional<double> momentum, double eps);
 
+// The update of the running statistics that `forward` makes.
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum);
+
 // First derivatives. In training the statistics are computed anew from the input, so that the result can be
 // differentiated with respect to it; in evaluation `stats` are constants.
 Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,

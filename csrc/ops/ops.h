@@ -22,9 +22,30 @@ OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<a
                                   const std::optional<at::Tensor>& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps);
 
+// Evaluation in an operator of its own, whose schema promises that it writes nothing: what compiles or freezes a
+// model in evaluation need not keep the running statistics as state.
+OutputAndStats batch_norm_inference(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                    const at::Tensor& running_var, double eps);
+
+// Whichever of the two fits; with `batch_norm_forward` for arguments that fit neither, since it refuses them.
+OutputAndStats batch_norm_in_mode(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& running_mean,
+                                  const std::optional<at::Tensor>& running_var,
+                                  const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                  std::optional<double> momentum, double eps);
+
 Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
                               const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                               double eps, OutputMask output_mask);
+
+// Moves running statistics by what a batch of `count` values per channel had: float64 mean and biased variance,
+// both (C). Apart from the forward only where that one is decomposed.
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum);
 
 // The tensor of an optional argument; undefined when there is none.
 inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {

@@ -21,8 +21,16 @@ TORCH_LIBRARY(torch_bn, m) {
       "-> (Tensor output, Tensor stats)",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps) -> (Tensor output, Tensor stats)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor stats, bool training, "
       "float eps, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_update_running_stats(Tensor mean, Tensor var, SymInt count, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -38,6 +46,27 @@ OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<a
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
 }
 
+OutputAndStats batch_norm_inference(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                    const at::Tensor& running_var, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bn::_batch_norm_inference", "")
+                             .typed<decltype(batch_norm_inference)>();
+  return op.call(input, weight, bias, running_mean, running_var, eps);
+}
+
+OutputAndStats batch_norm_in_mode(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& running_mean,
+                                  const std::optional<at::Tensor>& running_var,
+                                  const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                  std::optional<double> momentum, double eps) {
+  if (!training && is_given(running_mean) && is_given(running_var))
+    return batch_norm_inference(input, weight, bias, *running_mean, *running_var, eps);
+  return batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                            momentum, eps);
+}
+
 Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
                               const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                               double eps, OutputMask output_mask) {
@@ -47,6 +76,16 @@ Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& i
   return op.call(grad_output, input, weight, stats, training, eps, output_mask);
 }
 
+void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
+                          const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bn::_update_running_stats", "")
+                             .typed<decltype(update_running_stats)>();
+  op.call(mean, var, std::move(count), running_mean, running_var, num_batches_tracked, momentum);
+}
+
 namespace {
 
 at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
@@ -54,8 +93,20 @@ at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& 
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, bool training,
                       std::optional<double> momentum, double eps) {
-  return std::get<0>(batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
+  return std::get<0>(batch_norm_in_mode(input, weight, bias, running_mean, running_var, num_batches_tracked,
                                         training, momentum, eps));
+}
+
+// The kernels serve both modes through one operator.
+OutputAndStats inference_by_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                                    const at::Tensor& running_var, double eps) {
+  return batch_norm_forward(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
+                            /*momentum=*/0.0, eps);
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, CompositeExplicitAutograd, m) {
+  m.impl("_batch_norm_inference", inference_by_forward);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, CompositeImplicitAutograd, m) {

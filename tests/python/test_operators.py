@@ -1,0 +1,124 @@
+"""Every registered operator through torch's own checker: schema, autograd, fake tensors, AOT."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.library import opcheck
+
+import torch_bn
+
+OPS = torch.ops.torch_bn
+SHAPES = [(6, 3), (3, 4, 5)]
+MASKS = [list(mask) for mask in itertools.product([True, False], repeat=3)]
+in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def tensors(shape: tuple[int, ...], parameters: bool = True) -> tuple[Tensor | None, ...]:
+    """Input, weight, bias, running mean and variance."""
+    channels = shape[1]
+    weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
+    x = torch.randn(shape, requires_grad=True)
+    statistics = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
+    return (x, *((weight, bias) if parameters else (None, None)), *statistics)
+
+
+@shapes
+@in_both_modes
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["batch_norm", "_batch_norm_forward"])
+def test_forward(
+    name: str, shape: tuple[int, ...], training: bool, parameters: bool, momentum: float | None
+) -> None:
+    counter = torch.tensor(0)
+    arguments = (*tensors(shape, parameters), counter, training, momentum, 1e-5)
+    opcheck(getattr(OPS, name).default, arguments)
+
+
+@shapes
+def test_inference(shape: tuple[int, ...]) -> None:
+    opcheck(OPS._batch_norm_inference.default, (*tensors(shape), 1e-5))
+
+
+@shapes
+@in_both_modes
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_backward(shape: tuple[int, ...], training: bool, mask: list[bool]) -> None:
+    x, weight, *_ = tensors(shape)
+    _, stats = OPS._batch_norm_forward(x, weight, None, None, None, None, True, 0.1, 1e-5)
+    gradient = torch.randn(shape, requires_grad=True)
+    opcheck(OPS.batch_norm_backward.default, (gradient, x, weight, stats, training, 1e-5, mask))
+
+
+def test_update_of_running_statistics() -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    batch = torch.randn(3).double(), torch.rand(3).double()
+    opcheck(OPS._update_running_stats.default, (*batch, 6, mean, var, torch.tensor(0), 0.1))
+
+
+def test_every_operator_is_checked_here() -> None:
+    registered = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("torch_bn::")
+    }
+    assert registered == {
+        "batch_norm",
+        "_batch_norm_forward",
+        "_batch_norm_inference",
+        "batch_norm_backward",
+        "_update_running_stats",
+    }
+
+
+LAYERS = {"torch": torch.nn.BatchNorm1d, "torch_bn": torch_bn.BatchNorm1d}
+both = pytest.mark.parametrize("layer_type", LAYERS.values(), ids=LAYERS)
+
+
+@both
+@in_both_modes
+def test_fake_tensors(layer_type: type[torch.nn.BatchNorm1d], training: bool) -> None:
+    with FakeTensorMode():
+        layer, x = layer_type(3).train(training), torch.randn(5, 3, 7, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+    assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, (21, 7, 1))
+    assert (x.grad.shape, layer.weight.grad.shape) == (x.shape, (3,))
+
+
+@both
+@in_both_modes
+def test_schema_check_mode(layer_type: type[torch.nn.BatchNorm1d], training: bool) -> None:
+    layer, x = layer_type(3).train(training), torch.randn(5, 3, requires_grad=True)
+    with SchemaCheckMode():
+        layer(x).sum().backward()
+    assert layer.num_batches_tracked == int(training)
+
+
+@both
+@in_both_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(
+    layer_type: type[torch.nn.BatchNorm1d], training: bool, dtype: torch.dtype
+) -> None:
+    linear, layer = torch.nn.Linear(4, 3), layer_type(3).train(training)
+    reference = torch.nn.BatchNorm1d(3).train(training)
+    x = torch.randn(6, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        hidden = linear(x)
+        y = layer(hidden)
+        alone = layer(x[:, :3])
+    assert (hidden.dtype, y.dtype, alone.dtype) == (dtype, dtype, torch.float32)
+    want = reference(hidden.float())
+    # One rounding of the result to 16 bits: half an ulp of its largest value.
+    bound = torch.finfo(dtype).eps / 2 * want.abs().max().item()
+    torch.testing.assert_close(y.float(), want, rtol=0, atol=bound * 1.01)
+    y.float().pow(2).sum().backward()
+    assert layer.weight.grad.dtype == linear.weight.grad.dtype == torch.float32

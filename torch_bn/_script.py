@@ -1,0 +1,40 @@
+"""Batch norm as TorchScript can compile it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The public operator on CPU, torch's own batch norm elsewhere."""
+    if not input.is_cpu or input.dim() < 2 or input.dim() > 3:
+        factor = 0.0 if momentum is None else momentum
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = 1.0 / float(num_batches_tracked)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    result: Tensor = torch.ops.torch_bn.batch_norm(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+    )
+    return result
