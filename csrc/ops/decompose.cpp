@@ -1,6 +1,7 @@
 #include "decompose.h"
 
 #include <ATen/ATen.h>
+#include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
@@ -107,10 +108,14 @@ OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>&
   Normalised normalised;
   if (training) {
     normalised = normalise_by_batch(rows, input, eps);
-    if (is_given(running_mean) || is_given(num_batches_tracked))
-      ops::update_running_stats(rows.flat(normalised.mean).detach(), rows.flat(normalised.var).detach(),
-                                values_per_channel(input), running_mean, running_var, num_batches_tracked,
-                                momentum);
+    if (is_given(running_mean) || is_given(num_batches_tracked)) {
+      // As one operator where transforms look at it, for they let an operator write what was captured; in its
+      // parts under functionalize(), which does not let an operator write.
+      const bool in_parts = at::functionalization::impl::isFunctionalTensor(input);
+      const auto update = in_parts ? update_running_stats : ops::update_running_stats;
+      update(rows.flat(normalised.mean).detach(), rows.flat(normalised.var).detach(), values_per_channel(input),
+             running_mean, running_var, num_batches_tracked, momentum);
+    }
   } else {
     normalised = normalise_by(rows, input, *running_mean, (wide(*running_var) + eps).rsqrt());
   }

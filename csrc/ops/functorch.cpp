@@ -1,6 +1,7 @@
 // The transforms of torch.func. Under vmap the batch dimension is folded into the channels, so that one call of
 // the operator serves all samples and is recorded by autograd as such; what does not fold goes sample-wise through
 // the decomposition.
+#include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/ScalarOps.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
@@ -133,6 +134,10 @@ at::Tensor batch_norm_transformed(const at::Tensor& input, const std::optional<a
                                   const std::optional<at::Tensor>& running_var,
                                   const std::optional<at::Tensor>& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps) {
+  // functionalize() takes no operator apart that writes, so it is given the parts.
+  if (at::functionalization::impl::isFunctionalTensor(input))
+    return std::get<0>(decompose::forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                          training, momentum, eps));
   std::optional<at::Tensor> counted;
   if (training && is_given(num_batches_tracked)) {
     check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import (
     functional_call,
+    functionalize,
     grad,
     grad_and_value,
     hessian,
@@ -321,3 +322,21 @@ def test_compiled_transform(batch_norm: BatchNorm, name: str) -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), call(x), **CLOSE)
+
+
+@both
+@pytest.mark.parametrize(
+    ("training", "tracked"),
+    [(True, True), (True, False), (False, True)],
+    ids=["training", "training untracked", "evaluation"],
+)
+def test_functionalize(batch_norm: BatchNorm, training: bool, tracked: bool) -> None:
+    x, (mean, var) = double(4, 3), statistics(3)
+
+    def call(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return batch_norm(x, *((mean, var) if tracked else (None, None)), training=training)
+
+    updated = mean.clone(), var.clone()
+    want = call(x, *updated)
+    torch.testing.assert_close(functionalize(call)(x, mean, var), want, **CLOSE)
+    torch.testing.assert_close((mean, var), updated, **CLOSE)
