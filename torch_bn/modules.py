@@ -54,9 +54,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
-        if not is_scripting():  # noqa: SIM102
-            if not isinstance(input, Proxy):  # FX does not know the rank while it traces
-                self._check_input_dim(input)
+        if is_scripting():  # noqa: SIM114
+            self._check_input_dim(input)
+        elif not isinstance(input, Proxy):  # FX does not know the rank while it traces
+            self._check_input_dim(input)
         training = bool(self.training)
         # In training without tracking the statistics are left alone; in evaluation without them
         # the batch's own are used. Both as in torch.

@@ -81,10 +81,15 @@ def plot_steps(proof: StepProof, title: str, path: Path) -> None:
             for which, name in ((1, BUILTIN), (0, OURS)):
                 # A log axis has no zero: an exact result is drawn at a tenth of a rounding.
                 worst = np.maximum(errors[:, columns, which].max(1), proof.eps / 10)
-                ax.plot(steps, worst, ".", color=COLOURS[name], markersize=3, alpha=0.45)
+                # Thinned out, as thousands of dots would hide the other network's.
+                some = slice(None, None, 1 + len(steps) // 500)
+                ax.plot(
+                    steps[some], worst[some], ".", color=COLOURS[name], markersize=3, alpha=0.45
+                )
                 ax.plot(
                     steps,
-                    _running_median(worst),
+                    _running_median(worst, half=10 + len(steps) // 100),
+                    zorder=3,
                     color=COLOURS[name],
                     linewidth=WIDTHS[name] / 1.5,
                     label=f"{name} (line: running median)",
@@ -191,7 +196,7 @@ def _plot_finals(stage: FreeFloat32, ax: Axes) -> None:
     ax.set_title(f"{SEEDS} seeds after the last epoch; bar: mean", fontsize=10)
 
 
-def _running_median(values: np.ndarray, half: int = 10) -> np.ndarray:
+def _running_median(values: np.ndarray, half: int) -> np.ndarray:
     return np.array(
         [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     )
