@@ -113,15 +113,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     right.set_xlabel("rows")
     for axes in (left, right):
         axes.set_yscale("log")
+        axes.set_ylim(top=3e3)  # room for the legend
         axes.axhline(2.0**-24, color="0.6", lw=1, zorder=0)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    right.annotate(
+        axes.legend(fontsize=8, ncols=2, loc="upper center")
+    left.annotate(
         "half a unit in the last place of float32",
         (0.98, 2.0**-24),
         xycoords=("axes fraction", "data"),
         ha="right",
-        va="top",
+        va="bottom",
         fontsize=8,
         color="0.4",
     )

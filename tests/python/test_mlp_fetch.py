@@ -260,8 +260,13 @@ def test_an_interrupted_download_leaves_nothing(server: Server, cache: Path) -> 
         server.stopping.wait(30)
 
     server.answers[FIRST] = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        run(server, cache, timeout=30)
+    # A process started in the background of a shell ignores the signal.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(server, cache, timeout=30)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert stored(cache) == {}
 
 
