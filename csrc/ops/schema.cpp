@@ -1,6 +1,8 @@
 // The operators' schemas, their entry points through the dispatcher, and the public op in terms of the
 // private one.
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/batch_norm.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -88,11 +90,30 @@ void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::Sy
 
 namespace {
 
+// What another device is served by: torch's own, with the counter and the cumulative average of torch's layer.
+at::Tensor batch_norm_by_torch(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& bias,
+                               const std::optional<at::Tensor>& running_mean,
+                               const std::optional<at::Tensor>& running_var,
+                               const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                               std::optional<double> momentum, double eps) {
+  double factor = momentum.value_or(0.0);
+  const bool counts = training && is_given(num_batches_tracked);
+  if (counts && !momentum) factor = 1.0 / (num_batches_tracked->item<double>() + 1.0);
+  auto output = at::batch_norm(input, weight, bias, running_mean, running_var, training, factor, eps,
+                               at::globalContext().userEnabledCuDNN());
+  if (counts) num_batches_tracked->add_(1);
+  return output;
+}
+
 at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, bool training,
                       std::optional<double> momentum, double eps) {
+  if (!input.is_cpu() && !input.is_meta())
+    return batch_norm_by_torch(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                               momentum, eps);
   return std::get<0>(batch_norm_in_mode(input, weight, bias, running_mean, running_var, num_batches_tracked,
                                         training, momentum, eps));
 }

@@ -172,6 +172,27 @@ def test_another_device(layer_class: type, training: bool, momentum: float | Non
     assert type(z.grad_fn).__name__ == "NativeBatchNormBackward0"
 
 
+@pytest.mark.usefixtures("lazy_device")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("momentum", [0.25, None])
+def test_the_operator_on_another_device(training: bool, momentum: float | None) -> None:
+    """As an FX graph or an exported program calls it, without the layer around it."""
+    x = torch.randn(5, C)
+    results = []
+    for device in ("lazy", "cpu"):
+        mean, var = (torch.full((C,), value, device=device) for value in (0.5, 2.0))
+        counter = torch.tensor(3, device=device)
+        y = torch.ops.torch_bn.batch_norm(
+            x.to(device), None, None, mean, var, counter, training, momentum, 1e-5
+        )
+        assert y.device.type == device
+        # Torch's own leaves the running statistics of this device alone.
+        results.append((y.cpu(), counter.item()))
+    (theirs, counted), (ours, _) = results
+    assert torch.allclose(theirs, ours, atol=1e-6)  # float32
+    assert counted == 3 + training
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtypes_that_mix_on_meta_alone(dtype: torch.dtype) -> None:
     # Torch's own takes on meta what it refuses on CPU.
