@@ -27,6 +27,11 @@ SCRIPT = Path(train_mlp.__file__)
 OFFLINE = ["--data-url", "http://127.0.0.1:9/", "--threads", "1", "--epochs", "4"]
 
 
+@pytest.fixture(autouse=True)
+def _no_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_BN_MNIST", raising=False)
+
+
 def job(**changes: object) -> Job:
     values = {
         "placement": "before",
