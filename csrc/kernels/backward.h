@@ -58,13 +58,13 @@ void batch_sums(const Team& team, const BackwardArgs& args, const Partition& par
   for (i64 task = tasks.begin; task < tasks.end; ++task) {
     const i64 s = task / partition.tiles;
     segment_sums<Element>(args, partition.segment(s), partition.tile(task % partition.tiles),
-                          partial + 2 * s * channels);
+                          partial + kBackwardPartials * s * channels);
   }
   team.barrier();
   const Range own = team.share(channels);
   visit_tree(partition.segments, [&](i64 left, i64 right) {
-    double* a = partial + 2 * left * channels;
-    const double* b = partial + 2 * right * channels;
+    double* a = partial + kBackwardPartials * left * channels;
+    const double* b = partial + kBackwardPartials * right * channels;
     for (i64 c = own.begin; c < own.end; ++c) {
       a[c] += b[c];
       a[channels + c] += b[channels + c];
@@ -80,7 +80,7 @@ struct BackwardScratch {
   double* scale;
   BackwardScratch(const BackwardArgs& args, const Partition& partition)
       : partial(args.scratch),
-        shift(partial + 2 * partition.segments * partition.channels),
+        shift(partial + kBackwardPartials * partition.segments * partition.channels),
         slope(shift + partition.channels),
         scale(slope + partition.channels) {}
 };

@@ -25,6 +25,11 @@ constexpr i64 kMaxSegments = 64;
 // Independent partial sums inside a block: row r goes to lane r mod kLanes, in every layout and on every
 // instruction set. Eight hide the latency of an addition.
 constexpr int kLanes = 8;
+// Arrays over the channels that a segment leaves in scratch, and those of the coefficients behind them.
+constexpr i64 kForwardPartials = 4;
+constexpr i64 kForwardCoefficients = 2;
+constexpr i64 kBackwardPartials = 2;
+constexpr i64 kBackwardCoefficients = 3;
 // Elements below which a second thread costs more than it brings.
 constexpr i64 kSerialBelow = 16384;
 

@@ -10,12 +10,14 @@ namespace torch_bn::kernels {
 
 std::size_t forward_scratch(const Shape& shape) {
   const Partition partition(shape);
-  return static_cast<std::size_t>((4 * partition.segments + 2) * partition.channels);
+  return static_cast<std::size_t>((kForwardPartials * partition.segments + kForwardCoefficients) *
+                                  partition.channels);
 }
 
 std::size_t backward_scratch(const Shape& shape) {
   const Partition partition(shape);
-  return static_cast<std::size_t>((2 * partition.segments + 3) * partition.channels);
+  return static_cast<std::size_t>((kBackwardPartials * partition.segments + kBackwardCoefficients) *
+                                  partition.channels);
 }
 
 namespace {

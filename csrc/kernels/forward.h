@@ -84,11 +84,10 @@ struct Partial {
   double* sum_hi;
   double* sum_lo;
   Partial(double* scratch, i64 segment, i64 channels)
-      : mean(scratch + kPartials * segment * channels),
+      : mean(scratch + kForwardPartials * segment * channels),
         m2(mean + channels),
         sum_hi(m2 + channels),
         sum_lo(sum_hi + channels) {}
-  static constexpr i64 kPartials = 4;
 };
 
 // Moments of one segment of rows in one tile of channels.
@@ -120,7 +119,7 @@ struct ForwardScratch {
   double* bias;
   ForwardScratch(const ForwardArgs& args, const Partition& partition)
       : partial(args.scratch),
-        scale(partial + Partial::kPartials * partition.segments * partition.channels),
+        scale(partial + kForwardPartials * partition.segments * partition.channels),
         bias(scale + partition.channels) {}
 };
 

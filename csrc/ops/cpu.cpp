@@ -39,16 +39,6 @@ kernels::DType kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-// The type of whichever parameter or statistic is given. Where none is, per-channel results of a 16-bit input
-// are in float32: autograd rounds them once more if the parameter they belong to is in 16 bits.
-template <typename... Optionals>
-at::ScalarType parameter_dtype(const at::Tensor& input, const Optionals&... parameters) {
-  const auto own = input.scalar_type();
-  auto dtype = at::isReducedFloatingType(own) ? at::kFloat : own;
-  ((is_given(parameters) ? void(dtype = parameters->scalar_type()) : void()), ...);
-  return dtype;
-}
-
 kernels::Shape shape_of(const at::Tensor& input) {
   return {input.size(0), input.size(1), input.dim() == 3 ? input.size(2) : 1};
 }

@@ -22,10 +22,7 @@ Gradients backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
                         const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool /*training*/,
                         double /*eps*/, OutputMask output_mask) {
   check_backward(grad_output, input, weight, stats);
-  const auto own = input.scalar_type();
-  const auto param_dtype = is_given(weight)                 ? weight->scalar_type()
-                           : at::isReducedFloatingType(own) ? at::kFloat
-                                                            : own;
+  const auto param_dtype = parameter_dtype(input, weight);
   auto per_channel = [&](bool wanted) {
     return wanted ? at::empty_symint({input.sym_size(1)}, input.options().dtype(param_dtype)) : at::Tensor();
   };

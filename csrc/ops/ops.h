@@ -56,4 +56,14 @@ inline bool is_given(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
+// The type of whichever parameter or statistic is given. Where none is, per-channel results of a 16-bit input
+// are in float32: autograd rounds them once more if the parameter they belong to is in 16 bits.
+template <typename... Optionals>
+at::ScalarType parameter_dtype(const at::Tensor& input, const Optionals&... parameters) {
+  const auto own = input.scalar_type();
+  auto dtype = at::isReducedFloatingType(own) ? at::kFloat : own;
+  ((is_given(parameters) ? void(dtype = parameters->scalar_type()) : void()), ...);
+  return dtype;
+}
+
 }  // namespace torch_bn::ops
