@@ -8,7 +8,7 @@ set(TORCH_BN_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-ma
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(TORCH_BN_ISAS baseline avx2 avx512)
   set(TORCH_BN_FLAGS_baseline "")
-  set(TORCH_BN_FLAGS_avx2 -mavx2)
+  set(TORCH_BN_FLAGS_avx2 -mavx2 -mfma)
   set(TORCH_BN_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(TORCH_BN_ISAS neon)
@@ -28,7 +28,9 @@ foreach(isa IN LISTS TORCH_BN_ISAS)
 endforeach()
 
 foreach(target IN LISTS TORCH_BN_KERNEL_TARGETS ITEMS torch_bn_kernels)
-  target_compile_options(${target} PRIVATE ${TORCH_BN_KERNEL_FLAGS} -Wall -Wextra -Werror=vla)
+  target_compile_options(${target} PRIVATE ${TORCH_BN_KERNEL_FLAGS} -Wall -Wextra -Werror=vla
+    # The intrinsics of GCC 12 start from registers that they leave undefined on purpose.
+    -Wno-maybe-uninitialized)
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
 endforeach()

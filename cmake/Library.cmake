@@ -12,6 +12,7 @@ add_library(torch_bn SHARED
   csrc/ops/cpu.cpp
   csrc/ops/decompose.cpp
   csrc/ops/functorch.cpp
+  csrc/ops/memory.cpp
   csrc/ops/meta.cpp
   csrc/ops/schema.cpp)
 add_library(torch_bn::torch_bn ALIAS torch_bn)
@@ -30,8 +31,9 @@ if(TORCH_BN_PYTHON)
   set_target_properties(torch_bn PROPERTIES INSTALL_RPATH "$ORIGIN/../../torch/lib")
   find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
   find_package(pybind11 CONFIG REQUIRED)
-  pybind11_add_module(_C csrc/python/module.cpp)
-  target_link_libraries(_C PRIVATE torch_bn)
+  find_library(TORCH_PYTHON_LIBRARY torch_python REQUIRED HINTS ${TORCH_INSTALL_PREFIX}/lib NO_CMAKE_FIND_ROOT_PATH)
+  pybind11_add_module(_C csrc/python/layer.cpp csrc/python/module.cpp)
+  target_link_libraries(_C PRIVATE torch_bn ${TORCH_PYTHON_LIBRARY})
   set_target_properties(_C PROPERTIES INSTALL_RPATH "$ORIGIN/lib")
   install(TARGETS _C LIBRARY DESTINATION .)
   install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_build_config.py DESTINATION .)

@@ -8,18 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import NoneType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.overrides import _get_overloaded_args, has_torch_function_variadic
 
 from torch_bn import _library as _library  # its loading registers the operators
 
+_layer_forward: Callable[..., Any] = _library._C.layer_forward
 _operator: Callable[..., Tensor] = torch.ops.torch_bn.batch_norm.default
 _tracing_state = torch._C._get_tracing_state
+
+
+_check_input_dim = torch.nn.BatchNorm1d._check_input_dim
+
+
+def layer(module: torch.nn.BatchNorm1d, input: Tensor) -> Any:
+    """The forward of a layer in one C++ call; NotImplemented where anything is unusual."""
+    # What traces must see the operator, and whoever overrides a check its call.
+    if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
+        return NotImplemented
+    parameters, buffers = module._parameters, module._buffers
+    momentum, eps = module.momentum, module.eps
+    try:
+        return _layer_forward(
+            input, parameters, buffers, module.training, module.track_running_stats, momentum, eps
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        statistics = (buffers["running_mean"], buffers["running_var"])
+        tensors = (input, *statistics, parameters["weight"], parameters["bias"])
+        if _is_final(error, tensors, buffers["num_batches_tracked"], momentum, eps):
+            raise
+        return NotImplemented  # nothing has changed; step by step it is refused again, or served
 
 
 def batch_norm(

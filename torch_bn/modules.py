@@ -53,6 +53,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
+        if not is_scripting():
+            result = _serve.layer(self, input)
+            if result is not NotImplemented:
+                return result
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
         if is_scripting():  # noqa: SIM114
             self._check_input_dim(input)

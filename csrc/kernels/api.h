@@ -3,8 +3,8 @@
 // Nothing here knows a tensor. A caller describes an (N, C, L) array by its first element and the strides
 // of its three dimensions; (N, C) is the case L = 1. Results are always written contiguously.
 //
-// Same bits: a result depends on the values and the shape alone. It does not depend on the number of threads,
-// on the strides, or on the instruction set.
+// Same bits: a result depends on the values, the shape and, for long lines (n, c, :), on whether l or c lies
+// innermost. It does not depend on the number of threads, on other strides, or on the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,8 @@
 
 namespace torch_bn::kernels {
 
-// Element types, in storage. All arithmetic is in double, whatever the storage.
+// Element types, in storage. Sums are in double; what is done element by element is in float32, or in double
+// for float64 and for channels whose coefficients lie outside float32's range.
 enum class DType : std::uint8_t { f32, f64, bf16, f16 };
 
 // Sizes of an array whose "rows" are the N * L positions over which a channel's statistics are taken.
@@ -50,9 +51,10 @@ struct ForwardArgs {
   ChannelView running_var;
   double momentum;  // weight of the new statistics in the running ones
   double eps;
-  double* mean;     // (C) written: the statistics that normalised the output
-  double* invstd;   // (C) written
-  double* scratch;  // forward_scratch(shape) doubles
+  double* mean;              // (C) written: the statistics that normalised the output
+  double* invstd;            // (C) written
+  double* scratch;           // forward_scratch(shape) doubles
+  std::int64_t stream_from;  // bytes of output from which on it is written past the caches
   int threads;
 };
 
@@ -65,12 +67,13 @@ struct BackwardArgs {
   ArrayView grad_output;
   ArrayView input;
   ChannelView weight;
-  const double* mean;    // (C) from the forward
-  const double* invstd;  // (C)
-  void* grad_input;      // contiguous (N, C, L), dtype
-  void* grad_weight;     // (C), param_dtype
-  void* grad_bias;       // (C), param_dtype
-  double* scratch;       // backward_scratch(shape) doubles
+  const double* mean;        // (C) from the forward
+  const double* invstd;      // (C)
+  void* grad_input;          // contiguous (N, C, L), dtype
+  void* grad_weight;         // (C), param_dtype
+  void* grad_bias;           // (C), param_dtype
+  double* scratch;           // backward_scratch(shape) doubles
+  std::int64_t stream_from;  // as in the forward, for grad_input
   int threads;
 };
 

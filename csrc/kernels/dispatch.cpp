@@ -1,6 +1,8 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <stdexcept>
 
 #include "blocks.h"
@@ -8,16 +10,22 @@
 
 namespace torch_bn::kernels {
 
+namespace {
+
+// The layout decides the order of the sums, and with it the number of segments: room for the larger one.
+std::size_t scratch_doubles(const Shape& shape, i64 partials, i64 coefficients) {
+  const i64 segments = max_of(Partition(shape, false).segments, Partition(shape, true).segments);
+  return static_cast<std::size_t>((partials * segments + coefficients) * shape.c + kAlignmentRoom);
+}
+
+}  // namespace
+
 std::size_t forward_scratch(const Shape& shape) {
-  const Partition partition(shape);
-  return static_cast<std::size_t>((kForwardPartials * partition.segments + kForwardCoefficients) *
-                                  partition.channels);
+  return scratch_doubles(shape, kForwardPartials, kForwardCoefficients);
 }
 
 std::size_t backward_scratch(const Shape& shape) {
-  const Partition partition(shape);
-  return static_cast<std::size_t>((kBackwardPartials * partition.segments + kBackwardCoefficients) *
-                                  partition.channels);
+  return scratch_doubles(shape, kBackwardPartials, kBackwardCoefficients);
 }
 
 namespace {
@@ -31,7 +39,7 @@ const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     return std::vector<Candidate>{
@@ -94,6 +102,16 @@ const Choice chosen = choose();
 const KernelTable& active() {
   if (chosen.table == nullptr) throw std::runtime_error(chosen.error);
   return *chosen.table;
+}
+
+std::int64_t stream_from() {
+  static const std::int64_t bytes = [] {
+    std::int64_t kib = 32768;
+    // Not from sysconf, which counts every processor of a machine of several.
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;  // in the form 32768K
+    return std::max<std::int64_t>(kib, 4096) * 1024 / 2;
+  }();
+  return bytes;
 }
 
 std::vector<std::string> supported_isas() {

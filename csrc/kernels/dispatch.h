@@ -21,4 +21,8 @@ std::vector<std::string> built_isas();
 // The kernels of a name out of supported_isas(), or nullptr.
 const KernelTable* find_isa(const std::string& name);
 
+// Bytes of a result from which on it is better written past the caches than through them: half of the last
+// level, as far as the system tells.
+std::int64_t stream_from();
+
 }  // namespace torch_bn::kernels

@@ -1,74 +1,180 @@
 // Visits every element once and writes a contiguous (N, C, L) result: the common frame of normalising and of
-// grad_input. The result of an element does not depend on the order of the visit, so the work is shared out
-// by what suits the layout and the number of threads.
+// grad_input. The result of an element does not depend on the order of the visit.
+//
+// An operation comes twice. In the type of the elements it serves every channel whose coefficients leave
+// float32 enough range ("plain" channels, see channels.h); in double it serves the others.
 #pragma once
 
+#include "channels.h"
 #include "team.h"
 #include "tile.h"
 
 namespace torch_bn::kernels {
 namespace {
 
-// Rows and channels of a piece; the per-channel coefficients of one piece stay in the first-level cache.
-constexpr i64 kPieceRows = 32;
-constexpr i64 kPieceChannels = 256;
+// Rows that share one load of the coefficients.
+constexpr i64 kRowsAtOnce = 4;
+// Channels whose coefficients stay in the first-level cache.
+constexpr i64 kPieceChannels = 1024;
+// Elements of a piece: so many that the processor foresees its memory, though the pieces go backwards.
+constexpr i64 kPieceElements = 262144;
+// Elements to fetch ahead of rows that bypass the caches, several at once.
+constexpr i64 kElementsAhead = 256;
 
-// A layout in which the innermost dimension of the result is also the innermost of every operand.
-template <typename... Views>
-bool runs_along_channels(const Shape& shape, const Views&... views) {
-  return shape.l == 1 && ((views.stride_c == 1) && ...);
+// A unit of work is a row of a matrix, or a piece of the N * C lines' positions [0, L).
+inline i64 pieces_of_line(const Shape& shape) {
+  return ceil_div(shape.l, kPiece);
 }
-template <typename... Views>
-bool runs_along_length(const Shape& shape, const Views&... views) {
-  return shape.l > 1 && ((views.stride_l == 1) && ...);
+inline i64 units_of(const Shape& shape) {
+  return shape.n * pieces_of_line(shape);
 }
 
-// out[n, c, l] = store(op(c, load(view[n, c, l])...)); op returns a double.
-template <typename Element, typename Op, typename... Views>
-void for_each_element(const Team& team, const Shape& shape, void* out, Op op, const Views&... views) {
-  auto* result = static_cast<typename Element::Storage*>(out);
-  if (runs_along_length(shape, views...)) {
-    const Range lines = team.share(shape.n * shape.c);
-    for (i64 line = lines.begin; line < lines.end; ++line) {
-      const i64 n = line / shape.c;
-      const i64 c = line % shape.c;
-      auto* to = result + line * shape.l;
-      auto along = [&](const auto*... from) {
-#pragma omp simd
-        for (i64 l = 0; l < shape.l; ++l) to[l] = Element::store(op(c, Element::load(from[l])...));
-      };
-      along(element_at<Element>(views, n, c, 0)...);
+template <typename RealOp, typename DoubleOp>
+struct Operation {
+  RealOp real;
+  DoubleOp in_double;
+  const std::uint8_t* plain;  // of each channel
+  bool stream;                // whether the result bypasses the caches
+};
+
+template <bool kFirst, typename A, typename B>
+const auto& select(const A& first, const B& second) {
+  if constexpr (kFirst)
+    return first;
+  else
+    return second;
+}
+
+inline bool all_plain(const std::uint8_t* plain, Range channels) {
+  std::uint8_t all = 1;
+  for (i64 c = channels.begin; c < channels.end; ++c) all &= plain[c];
+  return all != 0;
+}
+
+template <typename Element, typename Op>
+void apply_one(const Op& op, i64 c, typename Element::Storage* to, const auto*... from) {
+  using Real = typename Element::Real;
+  *to = op.plain[c] ? Element::store(op.real.template at<Real>(c)(Element::load(*from)...))
+                    : Element::store(static_cast<Real>(
+                          op.in_double.template at<double>(c)(static_cast<double>(Element::load(*from))...)));
+}
+
+template <typename Element, bool kStream, typename Vector>
+inline void put(typename Element::Storage* to, Vector v) {
+  if constexpr (kStream)
+    Element::stream_vector(to, v);
+  else
+    Element::store_vector(to, v);
+}
+
+// `rows` rows, each a stride from the last, over the channels [0, width) from `channel` on.
+template <typename Element, int kRows, bool kStream, typename Op, typename... Source>
+void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64 stride, Source... source) {
+  using Vector = typename Element::Vector;
+  constexpr i64 kStep = sizeof(Vector) / sizeof(typename Element::Real);
+  const auto real = op.real;  // a copy of its own, which no store can be thought to change
+  i64 c = channels.begin;
+  for (; c + kStep <= channels.end; c += kStep) {
+    const auto f = real.template at<Vector>(c);
+    for (int i = 0; i < kRows; ++i) {
+      if constexpr (kStream && kRows > 1)
+        (__builtin_prefetch(source.data + i * source.stride + c + kElementsAhead), ...);
+      put<Element, kStream>(to + i * stride + c, f(Element::load_vector(source.data + i * source.stride + c)...));
+    }
+  }
+  for (; c < channels.end; ++c) {
+    const auto f = real.template at<typename Element::Real>(c);
+    for (int i = 0; i < kRows; ++i)
+      to[i * stride + c] = Element::store(f(Element::load(source.data[i * source.stride + c])...));
+  }
+}
+
+template <typename Element, bool kStream, typename Op, typename... Views>
+void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range channels,
+                        typename Element::Storage* out, const Views&... views) {
+  if (!all_plain(op.plain, channels)) {
+    for (i64 n = rows.begin; n < rows.end; ++n)
+      for (i64 c = channels.begin; c < channels.end; ++c)
+        apply_one<Element>(op, c, out + n * shape.c + c, element_at<Element>(views, n, c, 0)...);
+    return;
+  }
+  i64 n = rows.begin;
+  // Past the caches, narrow rows are written one after the other, in order.
+  const bool in_order = kStream && channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels;
+  for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
+    apply_rows<Element, kRowsAtOnce, kStream>(op, channels, out + n * shape.c, shape.c,
+                                              plain_rows<Element>(views, shape, n, 0)...);
+  for (; n < rows.end; ++n)
+    apply_rows<Element, 1, kStream>(op, channels, out + n * shape.c, shape.c,
+                                    plain_rows<Element>(views, shape, n, 0)...);
+}
+
+template <typename Element, bool kStream, typename Op>
+void apply_line(const Op& op, i64 c, i64 length, typename Element::Storage* to, const auto*... from) {
+  using Vector = typename Element::Vector;
+  using Real = typename Element::Real;
+  constexpr i64 kStep = sizeof(Vector) / sizeof(Real);
+  if (!op.plain[c]) {
+    for (i64 i = 0; i < length; ++i) apply_one<Element>(op, c, to + i, from + i...);
+    return;
+  }
+  const auto wide = op.real.template along<Vector>(c);
+  const auto narrow = op.real.template at<Real>(c);
+  i64 i = 0;
+  for (; i + kStep <= length; i += kStep) put<Element, kStream>(to + i, wide(Element::load_vector(from + i)...));
+  for (; i < length; ++i) to[i] = Element::store(narrow(Element::load(from[i])...));
+}
+
+template <typename Element, bool kStream, typename Op, typename... Views>
+void apply(const Op& op, const Shape& shape, Range units, Range channels, typename Element::Storage* out,
+           const Views&... views) {
+  if (shape.l == 1 && ((views.stride_c == 1) && ...)) {
+    // From the end: what was summed last is still in a cache.
+    const i64 piece_rows = max_of(kPieceElements / channels.size(), kRowsAtOnce);
+    for (i64 end = units.end; end > units.begin;) {
+      const Range rows{max_of(units.begin, end - piece_rows), end};
+      for (i64 c = channels.begin; c < channels.end; c += kPieceChannels)
+        apply_matrix_piece<Element, kStream>(op, shape, rows, {c, min_of(c + kPieceChannels, channels.end)}, out,
+                                             views...);
+      end = rows.begin;
     }
     return;
   }
-  const bool along_channels = runs_along_channels(shape, views...);
-  const i64 rows = shape.n * shape.l;
-  const i64 row_pieces = ceil_div(rows, kPieceRows);
-  const i64 channel_pieces = ceil_div(shape.c, kPieceChannels);
-  const Range pieces = team.share(row_pieces * channel_pieces);
-  for (i64 piece = pieces.begin; piece < pieces.end; ++piece) {
-    const i64 first_row = piece / channel_pieces * kPieceRows;
-    const i64 last_row = min_of(first_row + kPieceRows, rows);
-    const i64 first = piece % channel_pieces * kPieceChannels;
-    const i64 last = min_of(first + kPieceChannels, shape.c);
-    if (along_channels) {
-      for (i64 n = first_row; n < last_row; ++n) {
-        auto* to = result + n * shape.c;
-        auto along = [&](const auto*... from) {
-#pragma omp simd
-          for (i64 c = first; c < last; ++c) to[c] = Element::store(op(c, Element::load(from[c])...));
-        };
-        along(element_at<Element>(views, n, 0, 0)...);
+  const i64 pieces = pieces_of_line(shape);
+  const bool along_lines = ((views.stride_l == 1) && ...);
+  for (i64 unit = units.end - 1; unit >= units.begin; --unit) {
+    const i64 n = unit / pieces;
+    const i64 begin = unit % pieces * kPiece;
+    const i64 length = min_of(shape.l - begin, kPiece);
+    for (i64 c = channels.begin; c < channels.end; ++c) {
+      auto* to = out + (n * shape.c + c) * shape.l + begin;
+      if (along_lines && shape.l > 1) {
+        apply_line<Element, kStream>(op, c, length, to, element_at<Element>(views, n, c, begin)...);
+      } else {
+        for (i64 i = 0; i < length; ++i)
+          apply_one<Element>(op, c, to + i, element_at<Element>(views, n, c, begin + i)...);
       }
-    } else {
-      for (i64 c = first; c < last; ++c)
-        for (i64 r = first_row; r < last_row; ++r) {
-          const i64 n = r / shape.l;
-          const i64 l = r % shape.l;
-          result[(n * shape.c + c) * shape.l + l] =
-              Element::store(op(c, Element::load(*element_at<Element>(views, n, c, l))...));
-        }
     }
+  }
+}
+
+// Whether vectors of the result lie at addresses that a streaming store can take.
+template <typename Element>
+bool can_stream(const Shape& shape, const void* out) {
+  const i64 line = (shape.l == 1 ? shape.c : shape.l) * static_cast<i64>(sizeof(typename Element::Storage));
+  return line % 64 == 0 && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+}
+
+// out[n, c, l] = op(c, view[n, c, l]...) over some units and channels. The first channel is a multiple of 16.
+template <typename Element, typename Op, typename... Views>
+void for_each_element(const Op& op, const Shape& shape, Range units, Range channels, void* out,
+                      const Views&... views) {
+  auto* to = static_cast<typename Element::Storage*>(out);
+  if (op.stream) {
+    apply<Element, true>(op, shape, units, channels, to, views...);
+    end_of_streaming();
+  } else {
+    apply<Element, false>(op, shape, units, channels, to, views...);
   }
 }
 

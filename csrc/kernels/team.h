@@ -36,6 +36,8 @@ class Team {
  public:
   Team(int rank, int size) : rank_(rank), size_(size) {}
 
+  int size() const { return size_; }
+
   // This thread's share of `count` items, in order and as even as possible.
   Range share(i64 count) const { return {count * rank_ / size_, count * (rank_ + 1) / size_}; }
 

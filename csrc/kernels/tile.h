@@ -1,17 +1,11 @@
-// A tile: up to kBlockRows rows of up to kTileChannels channels, converted to double and laid out with the
-// channels side by side, whatever the layout of the array. It is the only place where strides matter to the
-// statistics, and it keeps rows that lie a power of two apart from evicting each other.
+// Access to an array as rows with the channels side by side, whatever its layout: in place where they lie so,
+// else through a packed copy of a block. It is the only place where strides matter to the statistics.
 #pragma once
 
 #include "element.h"
-#include "vec.h"
 
 namespace torch_bn::kernels {
 namespace {
-
-struct Tile {
-  alignas(64) double at[kBlockRows][kTileChannels];
-};
 
 template <typename Element>
 const typename Element::Storage* element_at(const ArrayView& view, i64 n, i64 c, i64 l) {
@@ -19,31 +13,70 @@ const typename Element::Storage* element_at(const ArrayView& view, i64 n, i64 c,
          l * view.stride_l;
 }
 
-// Channels that fill up the last vector are zero: the arithmetic runs over them and nobody reads the result.
-template <typename Element>
-void load_tile(const ArrayView& view, const Shape& shape, Range rows, Range channels, Tile& tile) {
-  const i64 width = channels.size();
+// Rows from..from+count-1 of one channel onwards; row r starts at `data + r * stride`.
+template <typename Storage>
+struct Rows {
+  const Storage* data;
+  i64 stride;
+};
+
+// Calls visit(r, count, from, step) for runs of rows at equal distances, r counted from the first one.
+template <typename Element, typename Visit>
+void for_each_run(const ArrayView& view, const Shape& shape, Range rows, i64 channel, Visit visit) {
+  if (shape.l == 1) {
+    visit(i64{0}, rows.size(), element_at<Element>(view, rows.begin, channel, 0), view.stride_n);
+    return;
+  }
   i64 n = rows.begin / shape.l;
   i64 l = rows.begin % shape.l;
-  for (i64 r = 0; r < rows.size();) {
-    const i64 run = min_of(shape.l - l, rows.size() - r);  // rows of the same n
-    const auto* from = element_at<Element>(view, n, channels.begin, l);
-    if (view.stride_c == 1) {
-      for (i64 i = 0; i < run; ++i)
-        for (i64 c = 0; c < width; ++c) tile.at[r + i][c] = Element::load(from[i * view.stride_l + c]);
-    } else {
-      for (i64 c = 0; c < width; ++c)
-        for (i64 i = 0; i < run; ++i)
-          tile.at[r + i][c] = Element::load(from[c * view.stride_c + i * view.stride_l]);
-    }
-    r += run;
-    l = 0;
-    ++n;
+  for (i64 r = 0; r < rows.size(); ++n, l = 0) {
+    const i64 count = min_of(shape.l - l, rows.size() - r);
+    visit(r, count, element_at<Element>(view, n, channel, l), view.stride_l);
+    r += count;
   }
-  const i64 filled = ceil_div(width, kWidth) * kWidth;
-  if (width < filled)
-    for (i64 r = 0; r < rows.size(); ++r)
-      for (i64 c = width; c < filled; ++c) tile.at[r][c] = 0.0;
+}
+
+// A packed block of rows.
+template <typename T>
+struct alignas(64) Block {
+  T at[kBlockRows][kTileChannels];
+};
+
+// Channels that fill up the last vector are zero: the arithmetic runs over them and nobody reads the result.
+template <typename Element, typename T>
+void pack(const ArrayView& view, const Shape& shape, Range rows, Range channels, Block<T>& block) {
+  const i64 width = channels.size();
+  for_each_run<Element>(view, shape, rows, channels.begin,
+                        [&](i64 r, i64 count, const typename Element::Storage* from, i64 step) {
+                          const auto value = [](typename Element::Storage x) {
+                            if constexpr (sizeof(T) == sizeof(x))
+                              return x;
+                            else
+                              return static_cast<T>(Element::load(x));
+                          };
+                          if (view.stride_c == 1) {
+                            for (i64 i = 0; i < count; ++i)
+                              for (i64 c = 0; c < width; ++c) block.at[r + i][c] = value(from[i * step + c]);
+                          } else {
+                            for (i64 c = 0; c < width; ++c)
+                              for (i64 i = 0; i < count; ++i)
+                                block.at[r + i][c] = value(from[c * view.stride_c + i * step]);
+                          }
+                        });
+  const i64 filled = round_up(width, kWidth);
+  for (i64 r = 0; width < filled && r < rows.size(); ++r)
+    for (i64 c = width; c < filled; ++c) block.at[r][c] = T{};
+}
+
+// Whether all rows lie at one distance from each other, channels side by side.
+inline bool has_plain_rows(const ArrayView& view, const Shape& shape) {
+  return view.stride_c == 1 && (shape.l == 1 || shape.n == 1 || view.stride_n == shape.l * view.stride_l);
+}
+
+template <typename Element>
+Rows<typename Element::Storage> plain_rows(const ArrayView& view, const Shape& shape, i64 row, i64 channel) {
+  const i64 stride = shape.l == 1 ? view.stride_n : view.stride_l;
+  return {static_cast<const typename Element::Storage*>(view.data) + row * stride + channel, stride};
 }
 
 }  // namespace

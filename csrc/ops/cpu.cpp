@@ -9,6 +9,7 @@
 
 #include "../kernels/dispatch.h"
 #include "checks.h"
+#include "memory.h"
 
 namespace torch_bn::ops {
 namespace {
@@ -93,7 +94,7 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   args.training = training;
   args.eps = eps;
 
-  at::Tensor output = at::empty(input.sizes(), input.options());
+  at::Tensor output = empty_result(input.sizes(), input.options());
   at::Tensor stats = at::empty({2, args.shape.c}, input.options().dtype(at::kDouble));
   Scratch scratch(kernels::forward_scratch(args.shape));
   at::Tensor weight_kept;
@@ -108,6 +109,7 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   args.invstd = args.mean + args.shape.c;
   args.scratch = scratch.data();
   args.threads = thread_count();
+  args.stream_from = kernels::stream_from();
 
   // Nothing below this line can fail, so a refused call has changed nothing.
   args.momentum = momentum.value_or(0.0);
@@ -147,7 +149,7 @@ Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   at::Tensor grad_input;
   at::Tensor grad_weight;
   at::Tensor grad_bias;
-  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
+  if (output_mask[0]) grad_input = empty_result(input.sizes(), input.options());
   if (output_mask[1]) grad_weight = at::empty({args.shape.c}, param_options);
   if (output_mask[2]) grad_bias = at::empty({args.shape.c}, param_options);
   if (input.numel() == 0) {
@@ -161,6 +163,7 @@ Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   Scratch scratch(kernels::backward_scratch(args.shape));
   args.scratch = scratch.data();
   args.threads = thread_count();
+  args.stream_from = kernels::stream_from();
   table.backward(args);
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }

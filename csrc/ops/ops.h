@@ -15,6 +15,13 @@ using OutputAndStats = std::tuple<at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of input, weight, bias
 using OutputMask = std::array<bool, 3>;
 
+// The public operator.
+at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                      const std::optional<at::Tensor>& running_var,
+                      const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps);
+
 OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& bias,
                                   const std::optional<at::Tensor>& running_mean,

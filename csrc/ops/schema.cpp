@@ -36,6 +36,16 @@ TORCH_LIBRARY(torch_bn, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
+at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                      const std::optional<at::Tensor>& running_var,
+                      const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_bn::batch_norm", "").typed<decltype(batch_norm)>();
+  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+}
+
 OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& bias,
                                   const std::optional<at::Tensor>& running_mean,
@@ -106,11 +116,12 @@ at::Tensor batch_norm_by_torch(const at::Tensor& input, const std::optional<at::
   return output;
 }
 
-at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
-                      const std::optional<at::Tensor>& running_var,
-                      const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                      std::optional<double> momentum, double eps) {
+at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& bias,
+                                const std::optional<at::Tensor>& running_mean,
+                                const std::optional<at::Tensor>& running_var,
+                                const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                std::optional<double> momentum, double eps) {
   if (!input.is_cpu() && !input.is_meta())
     return batch_norm_by_torch(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
                                momentum, eps);
@@ -131,7 +142,7 @@ TORCH_LIBRARY_IMPL(torch_bn, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm", batch_norm_composite);
 }
 
 }  // namespace

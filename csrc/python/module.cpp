@@ -1,15 +1,27 @@
 // The extension module torch_bn._C. Importing it loads libtorch_bn, which registers the operators; it shares
-// no type with torch's own bindings.
+// no pybind11 type with torch's own bindings.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch_bn/build_info.h>
 
 #include <exception>
 
+#include "layer.h"
+
 namespace py = pybind11;
+
+namespace {
+
+PyMethodDef fast_methods[] = {
+    {"layer_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(torch_bn::python::layer_forward)),
+     METH_FASTCALL, "The layer's forward for the usual arguments; NotImplemented for others."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the C++ library of torch_bn and tells what it was built as.";
+  if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
   m.def(
       "build_info",
       [] {

@@ -99,6 +99,7 @@ struct Problem {
   std::vector<T> x, g, weight, bias;
   double eps = 1e-5;
   double momentum = 0.25;
+  std::int64_t stream_from = std::int64_t{1} << 40;
 
   // Random data from four seeds; `draw(count, mean, std, seed)` returns the values.
   template <typename Draw>
@@ -143,6 +144,7 @@ struct Problem {
     forward.invstd = r.invstd.data();
     forward.scratch = scratch.data();
     forward.threads = threads;
+    forward.stream_from = stream_from;
     table.forward(forward);
 
     scratch.assign(backward_scratch(shape), 0);
@@ -160,6 +162,7 @@ struct Problem {
     backward.grad_bias = r.grad_bias.data();
     backward.scratch = scratch.data();
     backward.threads = threads;
+    backward.stream_from = stream_from;
     table.backward(backward);
     return r;
   }

@@ -12,9 +12,11 @@ from torch import Tensor
 import torch_bn
 
 SHAPES = [(2, 1), (64, 100), (129, 33), (5, 3), (4, 5, 6), (1, 3, 8), (3, 70, 200)]
-# One rounding of the result to float32 is 2^-24 = 6e-8; doubled for the rounding of the running
-# statistics' old value, which the float64 reference does not have.
-FLOAT32 = 1.2e-7
+# One rounding of a result to float32 is 2^-24 = 6e-8. An output and a grad_input have four: of the
+# centred value, of the scale, of their product, of the sum. Sums are in double; theirs is doubled for
+# the rounding of the running statistics' old value, which the float64 reference does not have.
+FLOAT32 = {"output": 2.5e-7, "grad_input": 2.5e-7}
+FLOAT32_SUMS = 1.2e-7
 # Sums of at most 600 rows in float64, in another order.
 FLOAT64 = 1e-13
 
@@ -80,13 +82,13 @@ def test_agrees_with_float64(
     theirs = torch.nn.BatchNorm1d(shape[1], dtype=torch.float64, **options).train(training)
     fill(ours)
     theirs.load_state_dict(ours.state_dict())
-    bound = FLOAT32 if dtype == torch.float32 else FLOAT64
     for _ in range(2):  # the second batch sees what the first left
         got, want = run(ours, x, g), run(theirs, x.double(), g.double())
         for name, value in want.items():
             if value is None:
                 assert got[name] is None
                 continue
+            bound = FLOAT32.get(name, FLOAT32_SUMS) if dtype == torch.float32 else FLOAT64
             assert error(name, got[name], value, g) <= bound, name
             assert got[name].dtype == dtype
     if ours.track_running_stats:
@@ -97,7 +99,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     x = torch.randn(4096, 16) + 1e4
     want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
     got = torch_bn.functional.batch_norm(x, None, None, training=True)
-    assert error("output", got, want, x) <= FLOAT32
+    assert error("output", got, want, x) <= FLOAT32["output"]
 
 
 def test_exact_data_give_exact_results() -> None:

@@ -114,9 +114,13 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "offset by one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }
-SEQUENCE_LAYOUTS = {
+# Where the channels lie innermost and lines are long, sums are taken in another order: see
+# test_channels_last_of_long_lines.
+CHANNELS_LAST = {
     "channels last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "length first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+}
+SEQUENCE_LAYOUTS = {
     "every second step": lambda x: torch.stack([x, x + 1], 3).flatten(2, 3)[..., ::2],
     "samples slice": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
 }
@@ -134,6 +138,28 @@ def test_matrix_layouts(layout: str, training: bool, shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("shape", [(6, 40, 129), (2, 3, 5)], ids=str)
 def test_sequence_layouts(layout: str, training: bool, shape: tuple[int, int, int]) -> None:
     check_layout(shape, SEQUENCE_LAYOUTS[layout], training)
+
+
+@pytest.mark.parametrize("layout", CHANNELS_LAST)
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_of_short_lines(layout: str, training: bool) -> None:
+    check_layout((6, 40, 31), CHANNELS_LAST[layout], training)
+
+
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("layout", CHANNELS_LAST)
+def test_channels_last_of_long_lines(layout: str) -> None:
+    """Another order of the sums, the same on every number of threads."""
+    x, g = torch.randn(6, 40, 129), torch.randn(6, 40, 129)
+    contiguous = results(x, g)
+    x = CHANNELS_LAST[layout](x)
+    torch.set_num_threads(1)
+    want = results(x, g)
+    torch.set_num_threads(2)
+    for got, alone, other in zip(results(x, g), want, contiguous, strict=True):
+        assert torch.equal(got, alone)
+        # The sums differ by roundings of double, results by a rounding of float32 at most.
+        assert (got - other).abs().max() <= 2**-22 * other.abs().max()
 
 
 def check_layout(shape: tuple[int, ...], relaid: object, training: bool) -> None:

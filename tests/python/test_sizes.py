@@ -53,7 +53,8 @@ def test_prime_sizes(rows: int, channels: int) -> None:
     want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
     got = torch_bn.functional.batch_norm(x, None, None, training=True)
     # One rounding to float32 of values up to about 5.
-    assert (got - want).abs().max() <= 2.0**-24 * want.abs().max()
+    # Four roundings to float32: centred, scale, product, sum.
+    assert (got - want).abs().max() <= 4 * 2.0**-24 * want.abs().max()
 
 
 def available_memory() -> int:

@@ -1,0 +1,198 @@
+// The moments of a batch: mean and M2, the sum of squared distances from it, per channel.
+#pragma once
+
+#include "exact_sum.h"
+#include "sums.h"
+
+namespace torch_bn::kernels {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------
+// Merge of (n_a, mean_a, M2_a) and (n_b, mean_b, M2_b) (Chan, Golub and LeVeque 1983, eq. 2.1):
+//
+//   d = mean_b - mean_a     mean = mean_a + d * n_b / n     M2 = M2_a + M2_b + d^2 * n_a * n_b / n
+// ---------------------------------------------------------------------------------------------------------
+struct Merge {
+  double share;   // n_b / n
+  double weight;  // n_a * n_b / n
+  Merge(i64 count_a, i64 count_b)
+      : share(static_cast<double>(count_b) / static_cast<double>(count_a + count_b)),
+        weight(static_cast<double>(count_a) * share) {}
+
+  template <typename Number>
+  void operator()(Number& mean_a, Number& m2_a, Number mean_b, Number m2_b) const {
+    const Number delta = mean_b - mean_a;
+    mean_a += delta * share;
+    m2_a += m2_b + delta * delta * weight;
+  }
+};
+
+// The moments of a segment as they lie in scratch, each an array over the channels.
+struct Partial {
+  double* mean;
+  double* m2;
+  double* sum_hi;  // of float64 data only
+  double* sum_lo;
+  Partial(double* scratch, i64 segment, i64 channels)
+      : mean(scratch + kForwardPartials * segment * channels),
+        m2(mean + channels),
+        sum_hi(m2 + channels),
+        sum_lo(sum_hi + channels) {}
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Moments of a segment of k rows of data narrower than double, in one sweep (x_0 is the first row):
+//
+//   s = sum(x - x_0)     q = sum((x - x_0)^2)     mean = x_0 + s / k     M2 = q - s^2 / k
+//
+// In double the subtraction may cancel up to 25 bits and leave more than float32 holds. It cancels at most
+// log2(k + 1) bits, because x_0 is one of the data: M2 >= (x_0 - mean)^2, and q = M2 + k (x_0 - mean)^2. The
+// shift makes a constant channel's moments exact.
+// ---------------------------------------------------------------------------------------------------------
+struct MomentTerm {
+  static constexpr int kOperands = 1;
+  static void add(Vec x_0, const Vec* x, Vec& s, Vec& q) {
+    const Vec d = x[0] - x_0;
+    s += d;
+    q += d * d;
+  }
+};
+
+inline void set_moments(const Partial& partial, i64 c, double rows, double x_0, double s, double q) {
+  const double offset = s / rows;
+  const double m2 = q - s * offset;
+  partial.mean[c] = x_0 + offset;
+  partial.m2[c] = m2 < 0.0 ? 0.0 : m2;
+}
+
+template <typename Element>
+void moments_by_lines(const ArrayView& input, const Partition& partition, Range items, double count,
+                      Range channels, const Partial& partial) {
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    const auto first_value =
+        *element_at<Element>(input, items.begin / partition.pieces, c, items.begin % partition.pieces * kPiece);
+    const double x_0 = Element::load(first_value);
+    double s;
+    double q;
+    sums_by_lines<Element, MomentTerm>(&input, partition, items, c, x_0, first_value, s, q);
+    set_moments(partial, c, count, x_0, s, q);
+  }
+}
+
+template <typename Element>
+void segment_moments(const ArrayView& input, const Shape& shape, const Partition& partition, i64 segment,
+                     Range channels, const Partial& partial) {
+  const Range items = partition.segment(segment);
+  const Range rows = partition.rows_of(items);
+  const double count = static_cast<double>(rows.size());
+  if (partition.along_lines) {
+    moments_by_lines<Element>(input, partition, items, count, channels, partial);
+    return;
+  }
+  TileSums sums = {};
+  alignas(64) double x_0[kTileChannels] = {};
+  for (i64 c = channels.begin; c < channels.end; ++c)
+    x_0[c - channels.begin] =
+        Element::load(*element_at<Element>(input, rows.begin / shape.l, c, rows.begin % shape.l));
+  sums_by_rows<Element, MomentTerm>(&input, shape, rows, channels, x_0, sums);
+  for (i64 c = 0; c < channels.size(); ++c)
+    set_moments(partial, channels.begin + c, count, x_0[c], sums.first[c], sums.second[c]);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Moments of a block of float64 data, in two sweeps over a packed tile (s is its first row, k its rows):
+//
+//   mean = s + sum(x - s) / k        M2 = sum((x - mean)^2)
+//
+// The second sweep makes M2 independent of how good the shift was. Sums of twice the precision beside them
+// make the mean right to its last bits even where the data cancel.
+// ---------------------------------------------------------------------------------------------------------
+struct alignas(64) TileMoments {
+  double mean[kTileChannels];
+  double m2[kTileChannels];
+  double sum_hi[kTileChannels];
+  double sum_lo[kTileChannels];
+};
+
+// Merges `count` rows of a tile into the moments of the `before` rows already there.
+inline void merge_block(const Block<double>& tile, i64 count, i64 before, i64 width, TileMoments& moments) {
+  const Merge merge(before, count);
+  const double rows = static_cast<double>(count);
+  for (i64 c = 0; c < width; c += kWidth) {
+    const Vec shift = load(&tile.at[0][c]);
+    const Vec mean = shift + sum_rows(count, [&](i64 r) { return load(&tile.at[r][c]) - shift; }) / rows;
+    const Vec m2 = sum_rows(count, [&](i64 r) {
+      const Vec d = load(&tile.at[r][c]) - mean;
+      return d * d;
+    });
+    Vec hi = load(&moments.sum_hi[c]);
+    Vec lo = load(&moments.sum_lo[c]);
+    for (i64 r = 0; r < count; ++r) add_exactly(hi, lo, load(&tile.at[r][c]));
+    store(&moments.sum_hi[c], hi);
+    store(&moments.sum_lo[c], lo);
+    Vec merged_mean = before == 0 ? mean : load(&moments.mean[c]);
+    Vec merged_m2 = before == 0 ? m2 : load(&moments.m2[c]);
+    if (before != 0) merge(merged_mean, merged_m2, mean, m2);
+    store(&moments.mean[c], merged_mean);
+    store(&moments.m2[c], merged_m2);
+  }
+}
+
+inline void segment_moments_of_doubles(const ArrayView& input, const Shape& shape, Range rows, Range channels,
+                                       const Partial& partial) {
+  Block<double> tile;
+  TileMoments moments = {};
+  for (i64 begin = rows.begin; begin < rows.end; begin += kBlockRows) {
+    const Range block{begin, min_of(begin + kBlockRows, rows.end)};
+    pack<Float64>(input, shape, block, channels, tile);
+    merge_block(tile, block.size(), begin - rows.begin, channels.size(), moments);
+  }
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    const i64 own = c - channels.begin;
+    partial.mean[c] = moments.mean[own];
+    partial.m2[c] = moments.m2[own];
+    partial.sum_hi[c] = moments.sum_hi[own];
+    partial.sum_lo[c] = moments.sum_lo[own];
+  }
+}
+
+// One segment in at most kTileChannels channels.
+template <typename Element>
+void moments_of(const ForwardArgs& args, const Partition& partition, i64 segment, Range channels) {
+  const Partial partial(args.scratch, segment, args.shape.c);
+  if constexpr (Element::kIsDouble)
+    segment_moments_of_doubles(args.input, args.shape, partition.rows_of(partition.segment(segment)), channels,
+                               partial);
+  else
+    segment_moments<Element>(args.input, args.shape, partition, segment, channels, partial);
+}
+
+// Leaves the moments of the whole batch in the first segment's place.
+template <typename Element>
+void merge_segments(const ForwardArgs& args, const Partition& partition, Range channels) {
+  const auto first_row = [&](i64 segment) {
+    return partition.first_row(min_of(segment * partition.segment_items, partition.items));
+  };
+  visit_tree(partition.segments, [&](i64 left, i64 right) {
+    const i64 middle = first_row(right);
+    const Merge merge(middle - first_row(left), first_row(right + right - left) - middle);
+    const Partial a(args.scratch, left, args.shape.c);
+    const Partial b(args.scratch, right, args.shape.c);
+    for (i64 c = channels.begin; c < channels.end; ++c) {
+      merge(a.mean[c], a.m2[c], b.mean[c], b.m2[c]);
+      if constexpr (Element::kIsDouble) {
+        add_exactly(a.sum_hi[c], a.sum_lo[c], b.sum_hi[c]);
+        a.sum_lo[c] += b.sum_lo[c];
+      }
+    }
+  });
+  if constexpr (Element::kIsDouble) {
+    const Partial whole(args.scratch, 0, args.shape.c);
+    const double rows = static_cast<double>(partition.rows);
+    for (i64 c = channels.begin; c < channels.end; ++c)
+      whole.mean[c] = refined_mean(whole.mean[c], whole.sum_hi[c], whole.sum_lo[c], rows);
+  }
+}
+
+}  // namespace
+}  // namespace torch_bn::kernels

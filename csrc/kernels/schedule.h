@@ -1,0 +1,64 @@
+// How a call's work is shared out. It changes the speed, never a bit.
+#pragma once
+
+#include "team.h"
+
+namespace torch_bn::kernels {
+namespace {
+
+// What a block of channels may take of a core's own cache, for its input to be there still in a second sweep.
+constexpr i64 kOwnCache = i64{512} << 10;
+// Narrower pieces of rows than this are not worth a trip to memory of their own.
+constexpr i64 kNarrowest = 256;
+// Shares and blocks of channels start at multiples of this many.
+constexpr i64 kGrain = 16;
+
+// Either every thread takes channels of its own, a block of them from the first sum to the last result, and
+// no thread waits for another; or the threads share the rows and meet between sweeps.
+struct Schedule {
+  bool by_channels;
+  i64 block;  // channels of a block
+
+  Schedule(const Shape& shape, const Partition& partition, i64 bytes_per_element, i64 operands, int threads) {
+    const i64 bytes_per_channel = partition.rows * bytes_per_element * operands;
+    const i64 fitting = kOwnCache / bytes_per_channel;
+    const i64 own = ceil_div(ceil_div(shape.c, threads), kGrain) * kGrain;
+    if (partition.along_lines) {
+      block = max_of(fitting, 1);
+      by_channels = (shape.c >= 4 * threads || threads == 1);
+    } else {
+      block = min_of(fitting / kGrain * kGrain, own);
+      const bool fits = block >= min_of(kNarrowest, shape.c);
+      const bool streams = bytes_per_channel * shape.c > 2 * kOwnCache * threads;
+      by_channels =
+          threads == 1 ? fits : fits && streams && block * threads <= round_up(shape.c, kGrain * threads);
+    }
+    if (!by_channels) block = shape.c;
+  }
+};
+
+// This thread's channels.
+inline Range share_of_channels(const Team& team, i64 channels) {
+  const Range grains = team.share(ceil_div(channels, kGrain));
+  return {grains.begin * kGrain, min_of(grains.end * kGrain, channels)};
+}
+
+// Calls visit(block) for the blocks of a range of channels.
+template <typename Visit>
+void for_each_block(Range channels, i64 width, Visit visit) {
+  for (i64 c = channels.begin; c < channels.end; c += width) visit(Range{c, min_of(c + width, channels.end)});
+}
+
+// Calls sum(segment, tile) for this thread's share of all segments and tiles.
+template <typename Sum>
+void share_segments(const Team& team, const Partition& partition, i64 channels, Sum sum) {
+  const i64 tiles = ceil_div(channels, kTileChannels);
+  const Range tasks = team.share(partition.segments * tiles);
+  for (i64 task = tasks.begin; task < tasks.end; ++task) {
+    const i64 c = task % tiles * kTileChannels;
+    sum(task / tiles, Range{c, min_of(c + kTileChannels, channels)});
+  }
+}
+
+}  // namespace
+}  // namespace torch_bn::kernels

@@ -1,0 +1,177 @@
+// Two sums per channel over a segment of rows, in double, in one sweep; the frame of both directions. What is
+// summed is a Term.
+//
+// Every channel's values are added one after the other along the rows; along lines value i of a piece goes to
+// lane i mod kLineLanes, and the lanes are added in a fixed tree at the end.
+#pragma once
+
+#include "tile.h"
+
+namespace torch_bn::kernels {
+namespace {
+
+constexpr int kLineLanes = 32;
+constexpr int kLineVectors = kLineLanes / kWidth;
+// Vectors of channels at a time; their sums fill the registers.
+constexpr int kVectorsAtOnce = 8;
+// Rows to fetch ahead: a tile's rows lie too far apart for the processor to foresee the next.
+constexpr i64 kFetchAhead = 16;
+
+struct alignas(64) TileSums {
+  double first[kTileChannels];
+  double second[kTileChannels];
+};
+
+template <typename Storage>
+inline void fetch(const Storage* from, i64 count) {
+  for (i64 i = 0; i < count; i += 64 / static_cast<i64>(sizeof(Storage))) __builtin_prefetch(from + i);
+}
+
+// `count` values and zeros behind them, for a vector of `kLength` that the array does not fill.
+template <int kLength, typename Storage>
+struct Padded {
+  alignas(64) Storage values[kLength] = {};
+
+  Padded(const Storage* from, i64 count) {
+    for (int part = kLength / 2, at = 0; part > 0; part /= 2)
+      if (count & part) {
+        __builtin_memcpy(values + at, from + at, static_cast<std::size_t>(part) * sizeof(Storage));
+        at += part;
+      }
+  }
+};
+
+// Adds `rows` rows of kVectors vectors of channels, or of `some` channels fewer than a vector.
+template <typename Element, typename Term, int kVectors, bool kSome, typename Operands>
+void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const double* centre, TileSums& sums) {
+  Vec middle[kVectors];
+  Vec first[kVectors];
+  Vec second[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    middle[k] = load(centre + channel + k * kWidth);
+    first[k] = load(sums.first + channel + k * kWidth);
+    second[k] = load(sums.second + channel + k * kWidth);
+  }
+  for (i64 r = 0; r < rows; ++r) {
+    const typename Element::Storage* from[Term::kOperands];
+    for (int o = 0; o < Term::kOperands; ++o) {
+      from[o] = operands[o].data + r * operands[o].stride + channel;
+      fetch(from[o] + kFetchAhead * operands[o].stride, kVectors * kWidth);
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      Vec value[Term::kOperands];
+      for (int o = 0; o < Term::kOperands; ++o) {
+        if constexpr (kSome)
+          value[o] = Element::load_doubles(Padded<kWidth, typename Element::Storage>(from[o], some).values);
+        else
+          value[o] = Element::load_doubles(from[o] + k * kWidth);
+      }
+      Term::add(middle[k], value, first[k], second[k]);
+    }
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    store(sums.first + channel + k * kWidth, first[k]);
+    store(sums.second + channel + k * kWidth, second[k]);
+  }
+}
+
+// Adds `rows` rows of `width` channels: as many vectors at a time as the registers hold, then half of them, ...
+template <typename Element, typename Term, int kVectors, typename Operands>
+void add_tile(const Operands& operands, i64 c, i64 width, i64 rows, const double* centre, TileSums& sums) {
+  constexpr i64 kChannels = kVectors * kWidth;
+  for (; c + kChannels <= width; c += kChannels)
+    add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, centre, sums);
+  if constexpr (kVectors > 1)
+    add_tile<Element, Term, kVectors / 2>(operands, c, width, rows, centre, sums);
+  else if (c < width)
+    add_rows<Element, Term, 1, true>(operands, c, width - c, rows, centre, sums);
+}
+
+template <typename Element, typename Term>
+void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range channels, const double* centre,
+                  TileSums& sums) {
+  using Storage = typename Element::Storage;
+  Block<Storage> packed[Term::kOperands];
+  bool plain = true;
+  for (int o = 0; o < Term::kOperands; ++o) plain &= has_plain_rows(views[o], shape);
+  const i64 step = plain ? rows.size() : kBlockRows;
+  for (i64 begin = rows.begin; begin < rows.end; begin += step) {
+    const Range block{begin, min_of(begin + step, rows.end)};
+    Rows<Storage> operands[Term::kOperands];
+    for (int o = 0; o < Term::kOperands; ++o) {
+      if (has_plain_rows(views[o], shape)) {
+        operands[o] = plain_rows<Element>(views[o], shape, block.begin, channels.begin);
+      } else {
+        pack<Element>(views[o], shape, block, channels, packed[o]);
+        operands[o] = {packed[o].at[0], kTileChannels};
+      }
+    }
+    add_tile<Element, Term, kVectorsAtOnce>(operands, 0, channels.size(), block.size(), centre, sums);
+  }
+}
+
+// Adds a piece of a line. Lanes beyond its end get what leaves both sums as they are.
+template <typename Element, typename Term>
+void add_line(const typename Element::Storage* const* from, i64 length, Vec middle,
+              typename Element::Storage neutral, Vec* first, Vec* second) {
+  using Storage = typename Element::Storage;
+  const auto add = [&](const Storage* const* at, i64 i) {
+    for (int k = 0; k < kLineVectors; ++k) {
+      Vec value[Term::kOperands];
+      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_doubles(at[o] + i + k * kWidth);
+      Term::add(middle, value, first[k], second[k]);
+    }
+  };
+  i64 i = 0;
+  for (; i + kLineLanes <= length; i += kLineLanes) add(from, i);
+  if (i == length) return;
+  Storage rest[Term::kOperands][kLineLanes];
+  const Storage* at[Term::kOperands];
+  for (int o = 0; o < Term::kOperands; ++o) {
+    for (i64 j = 0; j < kLineLanes; ++j)
+      rest[o][j] = i + j < length ? from[o][i + j] : o == 0 ? neutral : Storage{};
+    at[o] = rest[o];
+  }
+  add(at, 0);
+}
+
+inline double sum_of_lanes(const Vec* lanes) {
+  double value[kLineLanes];
+  __builtin_memcpy(value, lanes, sizeof(value));
+  for (int count = kLineLanes / 2; count > 0; count /= 2)
+    for (int i = 0; i < count; ++i) value[i] += value[i + count];
+  return value[0];
+}
+
+// `neutral` is a value of the first operand whose term, with zero in the other operands, is zero.
+template <typename Element, typename Term>
+void sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel, double centre,
+                   typename Element::Storage neutral, double& first_sum, double& second_sum) {
+  using Storage = typename Element::Storage;
+  alignas(64) Storage packed[Term::kOperands][kPiece];
+  Vec first[kLineVectors] = {};
+  Vec second[kLineVectors] = {};
+  const Vec middle = centre - Vec{};
+  for (i64 item = items.begin; item < items.end; ++item) {
+    const i64 n = item / partition.pieces;
+    const i64 begin = item % partition.pieces * kPiece;
+    const i64 length = min_of(partition.l - begin, kPiece);
+    const Storage* from[Term::kOperands];
+    for (int o = 0; o < Term::kOperands; ++o) {
+      from[o] = element_at<Element>(views[o], n, channel, begin);
+      if (views[o].stride_l == 1) {
+        // The next lines of the same channel lie far away.
+        if (partition.l < 512) fetch(from[o] + 4 * views[o].stride_n, length);
+      } else {
+        for (i64 i = 0; i < length; ++i) packed[o][i] = from[o][i * views[o].stride_l];
+        from[o] = packed[o];
+      }
+    }
+    add_line<Element, Term>(from, length, middle, neutral, first, second);
+  }
+  first_sum = sum_of_lanes(first);
+  second_sum = sum_of_lanes(second);
+}
+
+}  // namespace
+}  // namespace torch_bn::kernels

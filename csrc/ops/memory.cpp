@@ -1,0 +1,37 @@
+#include "memory.h"
+
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace torch_bn::ops {
+namespace {
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+// Below this the allocator mostly hands out memory that has been touched before.
+constexpr std::size_t kLarge = std::size_t{4} << 20;
+
+// Advice that the system may not take; then nothing has changed.
+void advise_huge_pages(void* data, std::size_t bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (bytes >= kLarge && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+#else
+void advise_huge_pages(void* /*data*/, std::size_t /*bytes*/) {}
+#endif
+
+}  // namespace
+
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor result = at::empty(sizes, options);
+  advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
+}
+
+}  // namespace torch_bn::ops
