@@ -1,0 +1,123 @@
+"""`python -m benchmarks`: measures, prints tables, writes JSON and plots.
+
+`python -m benchmarks compare OLD.json NEW.json` says which ratios fell between two runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import layers
+from .machine import environment, processors
+from .peers import DIRECTIONS, PEERS
+from .result import Result
+from .tables import print_tables
+from .timing import Budget
+
+Part = Callable[[layers.Plan, Result], None]
+PARTS: dict[str, Part] = {
+    "grid": layers.grid,
+    "kernels": layers.kernels,
+    "bf16": layers.sixteen_bits,
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def shape(text: str) -> layers.Shape:
+    """64x100 or 32x64x512."""
+    try:
+        sizes = tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (2, 3) or min(sizes) < 1 or sizes[0] * sizes[-1] < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 64x100 or 32x64x512")
+    return sizes
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    add("--shape", nargs="+", type=shape, metavar="NxC", help="64x100, or 32x64x512 (N, C, L)")
+    add("--dtype", choices=DTYPES, default="float32", help="of grid and kernels")
+    add("--threads", nargs="+", type=int, metavar="K", help="default: all processors, and 1")
+    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of the grid")
+    add(
+        "--peers",
+        nargs="*",
+        choices=[p for p in PEERS if p != "ours"],
+        help="beside ours, at every shape; default: builtin, and the others at a few shapes",
+    )
+    add("--quick", action="store_true", help="fewer shapes and repetitions, in under a minute")
+    add("--seconds", type=float, help="the time for one case")
+    add("--json", type=Path, default=Path("runs/benchmarks/result.json"), help="written here")
+    add("--add", action="store_true", help="keep what the JSON file holds of other parts")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads and min(chosen.threads) < 1:
+        parser.error("--threads must be positive")
+    return chosen
+
+
+def plan_of(chosen: argparse.Namespace, say: Callable[[str], None]) -> layers.Plan:
+    quick = chosen.quick
+    peers = ("builtin",) if chosen.peers is None else tuple(chosen.peers)
+    slow = () if quick or chosen.peers is not None else ("compile", "onednn", "jax")
+    budget = Budget(chosen.seconds or (0.15 if quick else 1.2), 5 if quick else 7)
+    return layers.Plan(
+        shapes=tuple(chosen.shape or (layers.QUICK if quick else layers.GRID)),
+        dtype=DTYPES[chosen.dtype],
+        threads=tuple(chosen.threads or dict.fromkeys((processors(), 1))),
+        directions=tuple(chosen.direction),
+        peers=("ours", *peers),
+        occasional=slow,
+        budget=budget,
+        batches=(32, 256) if quick else (32, 64, 256, 1024),
+        say=say,
+    )
+
+
+def measure(chosen: argparse.Namespace, console: Console) -> Result:
+    """Every part that was asked for."""
+    result = Result(environment(), settings_of(chosen))
+    with console.status("") as status:
+        plan = plan_of(chosen, lambda text: status.update(text))
+        for name, part in PARTS.items():
+            if chosen.only and name not in chosen.only:
+                continue
+            own = plan
+            if name == "bf16" and not chosen.shape:
+                large = layers.LARGE[:1] if chosen.quick else layers.LARGE
+                own = replace(plan, shapes=large)
+            start = time.perf_counter()
+            part(own, result)
+            console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim")
+    return result
+
+
+def settings_of(chosen: argparse.Namespace) -> dict[str, object]:
+    skipped = ("json", "docs", "plots", "add")
+    return {k: v for k, v in vars(chosen).items() if k not in skipped}
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = options(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    result = measure(chosen, console)
+    print_tables(result, console)
+    result.write(chosen.json)
+    console.print(f"written: {chosen.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
