@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import layers
+from . import guard, layers, models, page
+from .figures import draw
+from .guard import ENVIRONMENT
 from .machine import environment, processors
 from .peers import DIRECTIONS, PEERS
 from .result import Result
@@ -26,7 +28,11 @@ Part = Callable[[layers.Plan, Result], None]
 PARTS: dict[str, Part] = {
     "grid": layers.grid,
     "kernels": layers.kernels,
+    "small": models.small,
+    "mlp": models.mlp,
     "bf16": layers.sixteen_bits,
+    "threads": models.threads,
+    "memory": models.memory,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -59,6 +65,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer shapes and repetitions, in under a minute")
     add("--seconds", type=float, help="the time for one case")
     add("--json", type=Path, default=Path("runs/benchmarks/result.json"), help="written here")
+    add("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and its plots")
     add("--add", action="store_true", help="keep what the JSON file holds of other parts")
     chosen = parser.parse_args(arguments)
     if chosen.threads and min(chosen.threads) < 1:
@@ -93,7 +100,7 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             if chosen.only and name not in chosen.only:
                 continue
             own = plan
-            if name == "bf16" and not chosen.shape:
+            if name in ("bf16", "threads", "memory") and not chosen.shape:
                 large = layers.LARGE[:1] if chosen.quick else layers.LARGE
                 own = replace(plan, shapes=large)
             start = time.perf_counter()
@@ -103,19 +110,41 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
 
 
 def settings_of(chosen: argparse.Namespace) -> dict[str, object]:
-    skipped = ("json", "docs", "plots", "add")
-    return {k: v for k, v in vars(chosen).items() if k not in skipped}
+    """What was chosen, but for where it goes."""
+    return {k: v for k, v in vars(chosen).items() if k not in ("json", "docs", "add")}
+
+
+def keep_others(result: Result, path: Path) -> None:
+    """Takes over the parts that an earlier run left in the file and this one did not measure."""
+    if not path.exists():
+        return
+    earlier = Result.read(path)
+    differing = [n for n in ENVIRONMENT if earlier.environment.get(n) != result.environment[n]]
+    if differing:
+        raise ValueError(f"{path} was measured elsewhere: another {', '.join(differing)}")
+    measured = {r.part for r in result.records} | {a.part for a in result.absent}
+    result.records[:0] = [r for r in earlier.records if r.part not in measured]
+    result.absent[:0] = [a for a in earlier.absent if a.part not in measured]
 
 
 def main(arguments: Sequence[str]) -> int:
-    chosen = options(arguments)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
+    if arguments and arguments[0] == "compare":
+        return guard.main(arguments[1:], console)
+    chosen = options(arguments)
     result = measure(chosen, console)
+    if chosen.add:
+        keep_others(result, chosen.json)
     print_tables(result, console)
     result.write(chosen.json)
-    console.print(f"written: {chosen.json}")
+    pictures = draw(result, chosen.docs or chosen.json.parent)
+    if chosen.docs:
+        page.write(result, pictures, chosen.docs / "performance.md")
+        pictures.append(chosen.docs / "performance.md")
+    for path in (chosen.json, *pictures):
+        console.print(f"written: {path}", highlight=False)
     return 0
 
 

@@ -162,8 +162,8 @@ def layer_tables(result: Result) -> list[Table]:
 
 _SPREAD = (
     "Times are medians ± half the distance of the quartiles; a ratio is the quotient of the "
-    "medians, with the quartiles of the quotients taken repetition by repetition in brackets; above "
-    "1, ours is faster."
+    "medians, with the quartiles of the quotients taken repetition by repetition in brackets; "
+    "above 1, ours is faster."
 )
 _LAYER_TITLES = {
     "step": "Layer step",
@@ -233,26 +233,25 @@ def other_tables(result: Result) -> list[Table]:
     """The parts whose records are rows of times and ratios as they stand."""
     tables = []
     for part in ("small", "mlp", "bf16", "threads", "memory"):
-        for names in _alike(result.of(part)):
-            records = [r for r in result.of(part) if tuple(r.ratios) == names]
-            samples = _names(records, "samples")
+        groups = list(dict.fromkeys(tuple(r.samples) for r in result.of(part)))
+        for samples in groups:
+            records = [r for r in result.of(part) if tuple(r.samples) == samples]
+            names = _names(records, "ratios")
             rows = [
                 (
-                    f"{r.what} {r.case}, {_threads(r.threads)}",
+                    f"{r.what}, {r.case}, {_threads(r.threads)}",
                     *(_value(r, n) for n in samples),
                     *(ratio_text(r.ratios.get(n)) for n in names),
                 )
                 for r in records
             ]
-            caption = " ".join(filter(None, (_CAPTIONS.get(part, ""), absences(result, part))))
+            caption = ""
+            if samples == groups[-1]:
+                caption = f"{_CAPTIONS[part]} {absences(result, part)}".strip()
             tables.append(Table(PART_NAMES[part], ("case", *samples, *names), rows, caption))
         if not result.of(part) and absences(result, part):
             tables.append(Table(PART_NAMES[part], ("case",), [], absences(result, part)))
     return tables
-
-
-def _alike(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(tuple(r.ratios) for r in records))
 
 
 def _value(record: Record, name: str) -> str:
@@ -262,7 +261,33 @@ def _value(record: Record, name: str) -> str:
     return sample_text(sample) if record.unit == "s" else f"{sample.median / 2**20:.2f} MiB"
 
 
-_CAPTIONS: dict[str, str] = {}
+_CAPTIONS = {
+    "small": (
+        "forward: a module in training whose x requires no gradient, beside a module that calls "
+        "one C++ function which allocates an output and a (2, C) float64 tensor (empty call), and "
+        "one that does so in a torch::autograd::Function of three inputs (empty Function). step: "
+        "the layer step, beside that Function with a backward that allocates three gradients."
+    ),
+    "mlp": (
+        "share: (step with ours - step without batch norm) / (step with builtin - step without), "
+        "with batch norm after each ReLU. A step is zero_grad, forward, cross entropy and "
+        "backward, without an optimiser; the networks share their dense layers."
+    ),
+    "bf16": (
+        "The layer step with input in bfloat16 and parameters in float32, and the step of as many "
+        "elements in float32; builtin/ours is in bfloat16."
+    ),
+    "threads": (
+        "gain: one thread's time over that of all. Two callers and calls inside an OpenMP region: "
+        "time a call, over all calls that run at once; 1 means that nothing is lost against "
+        "calling one after the other."
+    ),
+    "memory": (
+        "Beyond x and g, which are made beforehand. allocated: the largest sum of what torch's "
+        "allocator has handed out, exactly, from the profiler's record. resident: the rise of the "
+        "process's VmHWM, reset before the step, which counts all memory that is touched."
+    ),
+}
 
 
 def all_tables(result: Result) -> list[Table]:

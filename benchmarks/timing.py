@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call of each, repetition by repetition; every repetition calls all in turn.
 
-    Whoever comes first in a repetition moves on by one each time. A short call is repeated inside
+    The order is drawn anew each time, from a fixed seed, so that nobody always follows the same
+    other. A short call is repeated inside
     its sample, after one call that isn't timed and brings its code and data back into the cache;
     a long one moves more memory than the caches hold, and is called once. Those named in
     `own_threads` bring a thread pool of their own and start after the others' threads have gone
@@ -46,6 +48,7 @@ def interleave(
         inner = {name: _calls_in_a_sample(calls[name]) for name in names}
         samples: dict[str, list[float]] = {name: [] for name in names}
         gc.collect()
+        order = random.Random(0)
         was_enabled = gc.isenabled()
         gc.disable()
         try:
@@ -53,8 +56,7 @@ def interleave(
             for repetition in range(budget.most):
                 if repetition >= budget.repetitions and time.perf_counter() > end:
                     break
-                first = repetition % len(names)
-                for name in names[first:] + names[:first]:
+                for name in order.sample(names, len(names)):
                     if name in own_threads:
                         time.sleep(SPIN_SECONDS)
                     samples[name].append(_sample(calls[name], inner[name]))
@@ -83,9 +85,3 @@ def _calls_in_a_sample(call: Call) -> int:
     if once < SAMPLE_SECONDS:
         once = min(once, _sample(call, 20))
     return max(1, round(SAMPLE_SECONDS / once))
-
-
-def median_of(call: Call, repetitions: int) -> list[float]:
-    """Seconds of each of several calls, after one that is not counted."""
-    call()
-    return [_sample(call, 1) for _ in range(repetitions)]
