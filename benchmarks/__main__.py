@@ -27,6 +27,7 @@ from .timing import Budget
 Part = Callable[[layers.Plan, Result], None]
 PARTS: dict[str, Part] = {
     "grid": layers.grid,
+    "peers": layers.others,
     "kernels": layers.kernels,
     "small": models.small,
     "mlp": models.mlp,
@@ -34,6 +35,7 @@ PARTS: dict[str, Part] = {
     "threads": models.threads,
     "memory": models.memory,
 }
+OTHERS = tuple(name for name in PEERS if name not in ("ours", "builtin"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -59,8 +61,9 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--peers",
         nargs="*",
-        choices=[p for p in PEERS if p != "ours"],
-        help="beside ours, at every shape; default: builtin, and the others at a few shapes",
+        choices=OTHERS,
+        help="beside the builtin, at every shape and number of threads; default: all of them, at a "
+        "few shapes",
     )
     add("--quick", action="store_true", help="fewer shapes and repetitions, in under a minute")
     add("--seconds", type=float, help="the time for one case")
@@ -75,16 +78,16 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def plan_of(chosen: argparse.Namespace, say: Callable[[str], None]) -> layers.Plan:
     quick = chosen.quick
-    peers = ("builtin",) if chosen.peers is None else tuple(chosen.peers)
-    slow = () if quick or chosen.peers is not None else ("compile", "onednn", "jax")
-    budget = Budget(chosen.seconds or (0.15 if quick else 1.2), 5 if quick else 7)
+    without = quick and "peers" not in (chosen.only or ())
+    peers = chosen.peers if chosen.peers is not None else () if without else OTHERS
+    budget = Budget(chosen.seconds or (0.15 if quick else 1.5), 5 if quick else 7)
     return layers.Plan(
         shapes=tuple(chosen.shape or (layers.QUICK if quick else layers.GRID)),
         dtype=DTYPES[chosen.dtype],
         threads=tuple(chosen.threads or dict.fromkeys((processors(), 1))),
         directions=tuple(chosen.direction),
-        peers=("ours", *peers),
-        occasional=slow,
+        peers=tuple(peers),
+        peers_everywhere=bool(chosen.peers or chosen.shape),
         budget=budget,
         batches=(32, 256) if quick else (32, 64, 256, 1024),
         say=say,
@@ -103,6 +106,9 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             if name in ("bf16", "threads", "memory") and not chosen.shape:
                 large = layers.LARGE[:1] if chosen.quick else layers.LARGE
                 own = replace(plan, shapes=large)
+            elif name == "mlp" and not (chosen.quick or chosen.seconds):
+                # A difference of two long times needs more repetitions than a time.
+                own = replace(plan, budget=Budget(4.0))
             start = time.perf_counter()
             part(own, result)
             console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from .machine import one_line
 from .result import Record, Result, Sample
@@ -44,7 +45,7 @@ STYLE = {
     "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
 }
-_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+_TICKS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
 def label(name: str) -> str:
@@ -56,6 +57,8 @@ def _ratio_axis(axes: Axes) -> None:
     axes.yaxis.set_major_locator(FixedLocator(_TICKS))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.65), max(high, 1.6))
     axes.axhline(1, color="#888888", linewidth=1, zorder=1)
 
 
@@ -69,10 +72,16 @@ def speed_up(result: Result) -> Figure | None:
     )
     for axes, what in zip(all_axes[:, 0], directions, strict=True):
         records = _most_threads(result.of("grid", what))
+        cases = [r.case for r in records]
+        records = records + _most_threads(result.of("peers", what))
         peers = list(dict.fromkeys(n for r in records for n in r.ratios))
         for i, name in enumerate(peers):
             peer = name.removesuffix("/ours")
-            found = [(k, r.ratios[name]) for k, r in enumerate(records) if name in r.ratios]
+            found = [
+                (cases.index(r.case), r.ratios[name])
+                for r in records
+                if name in r.ratios and r.case in cases
+            ]
             shift = 0.14 * (i - (len(peers) - 1) / 2)
             axes.errorbar(
                 [k + shift for k, _ in found],
@@ -90,7 +99,7 @@ def speed_up(result: Result) -> Figure | None:
             )
         _ratio_axis(axes)
         axes.set_ylabel(f"{what}\ntime / torch_bn's time")
-        axes.set_xticks(range(len(records)), [r.case for r in records], rotation=20, ha="right")
+        axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     handles, labels = _legend_of(all_axes[:, 0])
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     figure.suptitle("Above 1, torch_bn is faster; bars are quartiles", x=0.01, ha="left")
@@ -106,7 +115,7 @@ def _legend_of(all_axes: Sequence[Axes]) -> tuple[list, list]:
 
 
 def _most_threads(records: Sequence[Record]) -> list[Record]:
-    most = max(r.threads for r in records)
+    most = max((r.threads for r in records), default=0)
     return [r for r in records if r.threads == most]
 
 
@@ -127,9 +136,9 @@ def kernels(result: Result) -> Figure | None:
                 color=COLOURS[name],
                 label=label(name),
             )
-        copied = [(r.size, copy) for r in records if (copy := _copy(r)) is not None]
-        if copied:
-            axes.plot(*_columns(copied), "-", color=COLOURS["copy"], label="copy of the input")
+        floor = _floor(records)
+        if floor:
+            axes.plot(list(floor), list(floor.values()), color=COLOURS["copy"], label="best copy")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(operator)
@@ -143,13 +152,14 @@ def kernels(result: Result) -> Figure | None:
     return figure
 
 
-def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def _copy(record: Record) -> float | None:
-    found = [record.samples[n].median for n in ("memcpy", "streaming") if n in record.samples]
-    return min(found, default=None)
+def _floor(records: Sequence[Record]) -> dict[int, float]:
+    """Bytes to the time of the fastest copy of as many."""
+    floor: dict[int, float] = {}
+    for r in records:
+        for name in ("memcpy", "streaming"):
+            if name in r.samples:
+                floor[r.size] = min(floor.get(r.size, math.inf), r.samples[name].median)
+    return floor
 
 
 def _bytes(value: float) -> str:
@@ -204,25 +214,29 @@ def mlps(result: Result) -> Figure | None:
         of_size = [r for r in records if r.case.startswith(f"{size},")]
         for i, name in enumerate(("without", "ours", "builtin")):
             samples = [r.samples[name] for r in of_size]
-            axes.bar(
-                [k + (i - 1) * 0.27 for k in range(len(of_size))],
+            axes.errorbar(
+                [k + (i - 1) * 0.15 for k in range(len(of_size))],
                 [s.median * 1e3 for s in samples],
-                0.25,
                 yerr=_quartile_bars(samples),
-                error_kw={"elinewidth": 1, "ecolor": "#333333"},
+                fmt="o",
+                markersize=5,
+                elinewidth=1.4,
                 color=COLOURS[name],
                 label=label(name),
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xticks(range(len(of_size)), [r.case.split()[-1] for r in of_size])
         axes.set_xlabel("batch")
         axes.set_title(size)
     all_axes[0][0].set_ylabel("milliseconds a step")
     all_axes[0][0].legend(frameon=False, loc="upper left")
     threads = records[0].threads
-    figure.suptitle(f"Training step without optimiser, {threads} threads", x=0.01, ha="left")
+    figure.suptitle(
+        f"Training step without optimiser, {threads} threads; bars are quartiles", x=0.01, ha="left"
+    )
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,7 +31,7 @@ GRID: tuple[Shape, ...] = (
     (32, 64, 512),
     (128, 256, 64),
 )
-# Peers that take long, or compile for each shape, are measured here only unless they are named.
+# The other peers compile for each shape: unless they are named, they are measured here only.
 FEW: tuple[Shape, ...] = ((64, 100), (1024, 1024), (65536, 256), (32, 64, 512))
 QUICK: tuple[Shape, ...] = ((64, 100), (256, 1024), (4096, 1024), (32, 64, 512))
 LARGE: tuple[Shape, ...] = ((4096, 1024), (4096, 4096), (65536, 256), (128, 256, 64))
@@ -39,14 +39,14 @@ LARGE: tuple[Shape, ...] = ((4096, 1024), (4096, 4096), (65536, 256), (128, 256,
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Empty means: the default of the part."""
+    """What to measure."""
 
     shapes: tuple[Shape, ...] = GRID
     dtype: torch.dtype = torch.float32
     threads: tuple[int, ...] = (1,)
     directions: tuple[str, ...] = DIRECTIONS
-    peers: tuple[str, ...] = ("ours", "builtin")
-    occasional: tuple[str, ...] = ()  # only at the shapes of FEW, with the most threads
+    peers: tuple[str, ...] = ()  # beside the builtin
+    peers_everywhere: bool = False  # or at the shapes of FEW, with the first number of threads
     budget: Budget = field(default_factory=lambda: Budget(1.5))
     batches: tuple[int, ...] = (32, 64, 256, 1024)
     say: Callable[[str], None] = print
@@ -86,25 +86,37 @@ def record(
 
 
 def grid(plan: Plan, result: Result) -> None:
-    """Step, forward and evaluation of the layers, over shapes and threads."""
+    """Step, forward and evaluation of ours and the builtin, over shapes and threads."""
     for threads in plan.threads:
         with threads_set(threads):
             for shape in plan.shapes:
                 plan.say(f"layers {named(shape)}, {threads} threads")
                 problem = Problem.of(shape, plan.dtype, threads)
-                result.records += _layers(plan, problem, shape, result)
+                result.records += _layers("grid", plan, problem, ("builtin",), result)
 
 
-def _layers(plan: Plan, problem: Problem, shape: Shape, result: Result) -> Iterator[Record]:
-    peers = list(plan.peers)
-    if problem.threads == max(plan.threads) and shape in FEW:
-        peers += [p for p in plan.occasional if p not in peers]
-    work: dict[str, Work] = {}
+def others(plan: Plan, result: Result) -> None:
+    """The same calls of ours and the other peers, apart from the grid: they use other memory."""
+    for threads in plan.threads if plan.peers_everywhere else plan.threads[:1]:
+        with threads_set(threads):
+            for shape in plan.shapes:
+                if plan.peers_everywhere or shape in FEW:
+                    plan.say(f"other peers {named(shape)}, {threads} threads")
+                    problem = Problem.of(shape, plan.dtype, threads)
+                    result.records += _layers("peers", plan, problem, plan.peers, result)
+
+
+def _layers(
+    part: str, plan: Plan, problem: Problem, peers: Sequence[str], result: Result
+) -> Iterator[Record]:
+    work: dict[str, Work] = {"ours": PEERS["ours"](problem)}
     for name in peers:
         try:
             work[name] = PEERS[name](problem)
         except AbsentError as absent:
-            result.miss("grid", name, str(absent))
+            result.miss(part, name, str(absent))
+    if len(work) == 1:
+        return
     for direction in plan.directions:
         times = interleave(
             {name: calls[direction] for name, calls in work.items()},
@@ -115,10 +127,11 @@ def _layers(plan: Plan, problem: Problem, shape: Shape, result: Result) -> Itera
         ratios = {
             f"{name}/ours": Ratio.of(times[name], times["ours"]) for name in work if name != "ours"
         }
+        case = named(tuple(problem.x.shape))
         yield record(
-            "grid",
+            part,
             direction,
-            named(shape),
+            case,
             dtype_name(plan.dtype),
             problem.threads,
             times,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console
@@ -14,6 +14,7 @@ from .result import Ratio, Record, Result, Sample, geometric_mean
 
 PART_NAMES = {
     "grid": "Layers",
+    "peers": "Other peers",
     "kernels": "Kernels against the best copy",
     "small": "Small layers against calls that only allocate",
     "mlp": "Batch norm's share of an MLP's step",
@@ -110,23 +111,23 @@ def _names(records: Sequence[Record], of: str) -> list[str]:
     return list(found)
 
 
-def _bottom(label: str, records: Sequence[Record], names: Sequence[str], blanks: int) -> list:
+def _bottom(records: Sequence[Record], names: Sequence[str], blanks: int) -> list[tuple[str, ...]]:
     """Rows of the geometric mean and the least of each ratio."""
     columns = [[r.ratios[n].value for r in records if n in r.ratios] for n in names]
     rows = []
     for what, function in (("geometric mean", geometric_mean), ("least", min)):
         cells = (f"{function(c):.2f}" if c else "-" for c in columns)
-        rows.append((f"{what}{label}", *("" for _ in range(blanks)), *cells))
+        rows.append((what, *("" for _ in range(blanks)), *cells))
     return rows
 
 
-def layer_tables(result: Result) -> list[Table]:
-    """One table per direction and number of threads, and their geometric means."""
+def layer_tables(result: Result, part: str) -> list[Table]:
+    """One table per direction and number of threads."""
     tables = []
-    summary = []
+    title = "" if part == "grid" else f"{PART_NAMES[part]}: "
     for what in ("step", "forward", "evaluation"):
-        for threads in sorted({r.threads for r in result.of("grid", what)}, reverse=True):
-            records = result.of("grid", what, threads)
+        for threads in sorted({r.threads for r in result.of(part, what)}, reverse=True):
+            records = result.of(part, what, threads)
             peers, ratios = _names(records, "samples"), _names(records, "ratios")
             rows = [
                 (
@@ -138,26 +139,32 @@ def layer_tables(result: Result) -> list[Table]:
             ]
             tables.append(
                 Table(
-                    f"{_LAYER_TITLES[what]}, {records[0].dtype}, {_threads(threads)}",
+                    f"{title}{_LAYER_TITLES[what]}, {records[0].dtype}, {_threads(threads)}",
                     ("shape", *peers, *ratios),
-                    rows + _bottom("", records, ratios, len(peers)),
+                    rows + _bottom(records, ratios, len(peers)),
                 )
             )
-            values = [r.ratios["builtin/ours"].value for r in records if "builtin/ours" in r.ratios]
-            if values:
-                worst = min(records, key=lambda r: r.ratios["builtin/ours"].value)
-                summary.append(
-                    (
-                        f"{what}, {_threads(threads)}",
-                        f"{geometric_mean(values):.2f}",
-                        f"{min(values):.2f} at {worst.case}",
-                    )
-                )
-    if summary:
-        caption = f"{_SPREAD} {absences(result, 'grid')}".strip()
-        heading = ("builtin/ours", "geometric mean", "least")
-        tables.append(Table("Layers in short", heading, summary, caption))
+    missing = absences(result, part)
+    if tables and missing:
+        tables[-1] = replace(tables[-1], caption=missing)
+    elif missing:
+        tables.append(Table(PART_NAMES[part], ("shape",), [], missing))
     return tables
+
+
+def summary_tables(result: Result) -> list[Table]:
+    """The builtin's times over ours in a line for each direction and number of threads."""
+    rows = []
+    for what in ("step", "forward", "evaluation"):
+        for threads in sorted({r.threads for r in result.of("grid", what)}, reverse=True):
+            found = {
+                r.case: r.ratios["builtin/ours"].value for r in result.of("grid", what, threads)
+            }
+            case, least = min(found.items(), key=lambda item: item[1])
+            mean = geometric_mean(found.values())
+            rows.append((f"{what}, {_threads(threads)}", f"{mean:.2f}", f"{least:.2f}", case))
+    heading = ("builtin/ours", "geometric mean", "least", "at")
+    return [Table("Layers in short", heading, rows, _SPREAD)] if rows else []
 
 
 _SPREAD = (
@@ -192,7 +199,7 @@ def kernel_tables(result: Result) -> list[Table]:
             Table(
                 f"{PART_NAMES['kernels']}, {records[0].dtype}, {_threads(threads)}",
                 ("shape", "copy", *map(_kernel_heading, present)),
-                rows + _bottom("", records, present, 1),
+                rows + _bottom(records, present, 1),
                 f"{_COPY} {absences(result, 'kernels')}".strip(),
             )
         )
@@ -284,14 +291,22 @@ _CAPTIONS = {
     ),
     "memory": (
         "Beyond x and g, which are made beforehand. allocated: the largest sum of what torch's "
-        "allocator has handed out, exactly, from the profiler's record. resident: the rise of the "
+        "allocator has handed out, exactly, from the profiler's record, touched or not. "
+        "resident: the rise of the "
         "process's VmHWM, reset before the step, which counts all memory that is touched."
     ),
 }
 
 
 def all_tables(result: Result) -> list[Table]:
-    return [*layer_tables(result), *kernel_tables(result), *other_tables(result)]
+    """In the order in which they are read."""
+    return [
+        *layer_tables(result, "grid"),
+        *summary_tables(result),
+        *layer_tables(result, "peers"),
+        *kernel_tables(result),
+        *other_tables(result),
+    ]
 
 
 def print_tables(result: Result, console: Console) -> None:
