@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,8 +47,11 @@ def shape(text: str) -> layers.Shape:
         sizes = tuple(int(size) for size in text.split("x"))
     except ValueError:
         sizes = ()
-    if len(sizes) not in (2, 3) or min(sizes) < 1 or sizes[0] * sizes[-1] < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 64x100 or 32x64x512")
+    rows = math.prod(sizes) // sizes[1] if len(sizes) in (2, 3) and min(sizes) > 0 else 0
+    if rows < 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape of two rows or more, such as 64x100 or 32x64x512"
+        )
     return sizes
 
 
@@ -109,6 +114,7 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             elif name == "mlp" and not (chosen.quick or chosen.seconds):
                 # A difference of two long times needs more repetitions than a time.
                 own = replace(plan, budget=Budget(4.0))
+            gc.collect()
             start = time.perf_counter()
             part(own, result)
             console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim")

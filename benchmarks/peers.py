@@ -94,9 +94,9 @@ def compiled(problem: Problem) -> Work:
     # Generated code is found again by the next run.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(BUILD / "inductor"))
     torch._dynamo.reset()
-    layers = [torch.compile(m, dynamic=False) for m in _two(torch.nn.BatchNorm1d, problem)]
-    work = layer_work(*layers, problem.x, problem.g)
     try:
+        layers = [torch.compile(m, dynamic=False) for m in _two(torch.nn.BatchNorm1d, problem)]
+        work = layer_work(*layers, problem.x, problem.g)
         work["step"]()
         with torch.no_grad():
             work["evaluation"]()

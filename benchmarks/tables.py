@@ -36,10 +36,8 @@ class Table:
     def rich(self) -> RichTable:
         table = RichTable(
             title=self.title,
-            caption=self.caption or None,
             box=box.SIMPLE_HEAD,
             title_justify="left",
-            caption_justify="left",
         )
         for i, name in enumerate(self.heading):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
@@ -312,4 +310,8 @@ def all_tables(result: Result) -> list[Table]:
 def print_tables(result: Result, console: Console) -> None:
     for table in all_tables(result):
         console.print(table.rich())
+        if table.caption:
+            # Not rich's caption, which is no wider than its table.
+            console.print(table.caption, highlight=False)
+            console.print()
     console.print(one_line(result.environment))

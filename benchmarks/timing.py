@@ -47,7 +47,9 @@ def interleave(
     with torch.set_grad_enabled(grad):
         inner = {name: _calls_in_a_sample(calls[name]) for name in names}
         samples: dict[str, list[float]] = {name: [] for name in names}
-        gc.collect()
+        gc.collect(
+            1
+        )  # of what the case before left; a full collection takes longer than most cases
         order = random.Random(0)
         was_enabled = gc.isenabled()
         gc.disable()
