@@ -20,7 +20,7 @@ from rich.console import Console
 from . import guard, layers, models, page
 from .figures import draw
 from .guard import ENVIRONMENT
-from .machine import environment, processors
+from .machine import busy, environment, processors
 from .peers import DIRECTIONS, PEERS
 from .result import Result
 from .tables import print_tables
@@ -150,6 +150,8 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.add:
         keep_others(result, chosen.json)
     print_tables(result, console)
+    if warning := busy(result.environment):
+        console.print(warning, style="yellow")
     result.write(chosen.json)
     pictures = draw(result, chosen.docs or chosen.json.parent)
     if chosen.docs:

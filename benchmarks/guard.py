@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .result import Ratio, Result
+from .tables import ratio_text
 
 Key = tuple[str, str, str, str, int, str]
 # A difference in one of these explains a fall better than a change of the code.
@@ -95,9 +96,7 @@ def show(comparison: Comparison, tolerance: float, console: Console) -> None:
         for heading in ("old", "new", "change"):
             table.add_column(heading, justify="right", no_wrap=True)
         for c in fallen:
-            table.add_row(
-                c.name, f"{c.old.value:.3f}", f"{c.new.value:.3f}", f"{c.factor - 1:+.0%}"
-            )
+            table.add_row(c.name, ratio_text(c.old), ratio_text(c.new), f"{c.factor - 1:+.0%}")
         console.print(table)
     console.print(f"{len(fallen)} of {len(comparison.changes)} ratios fell beyond the tolerance.")
     for run, names in (("old", comparison.only_old), ("new", comparison.only_new)):

@@ -56,9 +56,21 @@ def environment() -> dict[str, Any]:
         "torch_bn": dict(torch_bn.build_info()),
         "isa": torch_bn.build_info()["isa"],
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "OMP": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_"))},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def busy(environment: dict[str, Any]) -> str:
+    """A warning in words when other programs were running at the start, or nothing."""
+    load = environment["load_average"]
+    if load < 0.5:
+        return ""
+    return (
+        f"The load average was {load:.1f} at the start: if that was of other programs, the times "
+        "with all threads say little, because the threads of a team wait for each other."
+    )
 
 
 def one_line(environment: dict[str, Any]) -> str:

@@ -253,19 +253,23 @@ def _oversubscribed(plan: Plan, shape: Shape, crowd: int) -> Record:
     return record("threads", "oversubscribed", named(shape), "float32", crowd, times, ratios)
 
 
-def _operator(shape: Shape) -> tuple[Call, tuple[Tensor, Tensor, Tensor]]:
+def _operators(shape: Shape) -> tuple[dict[str, Call], tuple[Tensor, Tensor, Tensor]]:
     problem = Problem.of(shape, torch.float32, 1)
     leaves = (problem.x, torch.ones(problem.channels), torch.zeros(problem.channels))
     op = torch.ops.torch_bn.batch_norm.default
-    return lambda: op(*leaves, None, None, None, True, 0.1, 1e-5), leaves
+    aten = torch.ops.aten.native_batch_norm.default
+    calls: dict[str, Call] = {
+        "ours": lambda: op(*leaves, None, None, None, True, 0.1, 1e-5),
+        "builtin": lambda: aten(*leaves, None, None, True, 0.1, 1e-5),
+    }
+    return calls, leaves
 
 
 def _two_callers(plan: Plan, shape: Shape, count: int) -> Record:
     """Two Python threads that call at once; seconds a call, of all calls together."""
-    call, _ = _operator(shape)
     each = 20
 
-    def both() -> float:
+    def both(call: Call) -> float:
         barrier = threading.Barrier(3)
 
         def caller() -> None:
@@ -285,27 +289,38 @@ def _two_callers(plan: Plan, shape: Shape, count: int) -> Record:
             thread.join()
         return (time.perf_counter() - start) / (2 * each)
 
-    def alone() -> float:
+    def alone(call: Call) -> float:
         start = time.perf_counter()
         for _ in range(2 * each):
             call()
         return (time.perf_counter() - start) / (2 * each)
 
-    both()
-    times: dict[str, list[float]] = {"alone": [], "two at once": []}
-    for _ in range(max(7, plan.budget.repetitions)):
-        times["alone"].append(alone())
-        times["two at once"].append(both())
-    ratios = {"two at once/alone": Ratio.of(times["two at once"], times["alone"], "lower")}
+    calls, _ = _operators(shape)
+    times: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        both(call)
+        pairs = [(alone(call), both(call)) for _ in range(max(7, plan.budget.repetitions))]
+        times[f"{name} alone"] = [pair[0] for pair in pairs]
+        times[f"{name}, two at once"] = [pair[1] for pair in pairs]
+    ratios = {
+        f"{name}, two at once/alone": Ratio.of(
+            times[f"{name}, two at once"],
+            times[f"{name} alone"],
+            "lower" if name == "ours" else None,
+        )
+        for name in calls
+    }
     return record("threads", "two callers", named(shape), "float32", count, times, ratios)
 
 
 def _inside(plan: Plan, shape: Shape, count: int, native: object) -> Record:
     """Every thread of an OpenMP region calls; seconds a call, of all calls together."""
-    call, leaves = _operator(shape)
+    calls, leaves = _operators(shape)
     inside = native.inside_a_region  # type: ignore[attr-defined]
     times = interleave(
-        {"alone": call, "in a region": lambda: inside(*leaves, count)}, plan.budget, grad=False
+        {"alone": calls["ours"], "in a region": lambda: inside(*leaves, count)},
+        plan.budget,
+        grad=False,
     )
     times["in a region"] = [t / count for t in times["in a region"]]
     ratios = {"in a region/alone": Ratio.of(times["in a region"], times["alone"], "lower")}
@@ -321,9 +336,10 @@ def memory(plan: Plan, result: Result) -> None:
             problem = Problem.of(shape, plan.dtype, count)
             peaks: dict[str, int] = {}
             for name in ("ours", "builtin"):
-                step = PEERS[name](problem)["step"]
-                peaks[f"{name} allocated"] = allocated_peak(step)
-                resident = resident_peak(step)
+                work = PEERS[name](problem)
+                peaks[f"{name} allocated"] = allocated_peak(work["step"], work["clear"])
+                resident = resident_peak(work["step"], work["clear"])
+                work["clear"]()
                 if isinstance(resident, str):
                     result.miss("memory", "resident memory", resident)
                 else:

@@ -58,17 +58,21 @@ Make = Callable[[Problem], Work]
 def layer_work(
     training: torch.nn.Module, evaluation: torch.nn.Module, x: Tensor, g: Tensor
 ) -> Work:
-    """The three calls of a module."""
+    """The three calls of a module, and `clear`, which drops the gradients of the last step."""
     evaluation.eval()
     leaf = x.detach().requires_grad_()
     leaves = (leaf, *training.parameters())
 
-    def step() -> None:
+    def clear() -> None:
         for tensor in leaves:
             tensor.grad = None
+
+    def step() -> None:
+        clear()
         training(leaf).backward(g)
 
     return {
+        "clear": clear,
         "step": step,
         "forward": lambda: training(leaf),
         "evaluation": lambda: evaluation(x),
@@ -137,7 +141,7 @@ def jax(problem: Problem) -> Work:
         raise AbsentError(
             f"XLA's threads are as many as the processors, {processors()}, and cannot be set to "
             f"{problem.threads} inside the process; 'taskset -c 0 python -m benchmarks --threads 1 "
-            "--peers jax' measures it on one"
+            "--only peers --peers jax' measures it on one"
         )
     if problem.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AbsentError(f"not measured in {problem.x.dtype}: JAX has 64 bits switched off")

@@ -288,10 +288,10 @@ _CAPTIONS = {
         "calling one after the other."
     ),
     "memory": (
-        "Beyond x and g, which are made beforehand. allocated: the largest sum of what torch's "
-        "allocator has handed out, exactly, from the profiler's record, touched or not. "
-        "resident: the rise of the "
-        "process's VmHWM, reset before the step, which counts all memory that is touched."
+        "From no gradients on, beyond x and g, which are made beforehand. allocated: the largest "
+        "sum of what torch's allocator has handed out, exactly, from the profiler's record, "
+        "touched or not. resident: the rise of the process's VmHWM, reset before the step, which "
+        "counts all memory that is touched."
     ),
 }
 
