@@ -126,14 +126,17 @@ def settings_of(chosen: argparse.Namespace) -> dict[str, object]:
     return {k: v for k, v in vars(chosen).items() if k not in ("json", "docs", "add")}
 
 
-def keep_others(result: Result, path: Path) -> None:
-    """Takes over the parts that an earlier run left in the file and this one did not measure."""
-    if not path.exists():
-        return
-    earlier = Result.read(path)
-    differing = [n for n in ENVIRONMENT if earlier.environment.get(n) != result.environment[n]]
+def earlier_result(path: Path) -> Result:
+    """What an earlier run left in the file; raises ValueError when it ran elsewhere."""
+    earlier, now = Result.read(path), environment()
+    differing = [name for name in ENVIRONMENT if earlier.environment.get(name) != now[name]]
     if differing:
-        raise ValueError(f"{path} was measured elsewhere: another {', '.join(differing)}")
+        raise ValueError(f"{path} was measured with another {', '.join(differing)}")
+    return earlier
+
+
+def keep_others(result: Result, earlier: Result) -> None:
+    """Takes over the parts that this run did not measure."""
     measured = {r.part for r in result.records} | {a.part for a in result.absent}
     result.records[:0] = [r for r in earlier.records if r.part not in measured]
     result.absent[:0] = [a for a in earlier.absent if a.part not in measured]
@@ -146,9 +149,15 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "compare":
         return guard.main(arguments[1:], console)
     chosen = options(arguments)
+    earlier = Result()
+    if chosen.add and chosen.json.exists():
+        try:
+            earlier = earlier_result(chosen.json)
+        except ValueError as error:
+            console.print(f"--add: {error}", style="red")
+            return 2
     result = measure(chosen, console)
-    if chosen.add:
-        keep_others(result, chosen.json)
+    keep_others(result, earlier)
     print_tables(result, console)
     if warning := busy(result.environment):
         console.print(warning, style="yellow")

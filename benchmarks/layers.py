@@ -143,8 +143,8 @@ def _layers(
 def kernel_calls(problem: Problem) -> dict[str, Call]:
     """The private operators of ours, and torch's own beside them; results are allocated inside."""
     x, g, c = problem.x, problem.g, problem.channels
-    weight, bias, mean = torch.ones(c), torch.zeros(c), torch.zeros(c)
-    var = torch.ones(c)
+    weight, var = (torch.ones(c, dtype=problem.parameter_dtype) for _ in range(2))
+    bias, mean = torch.zeros_like(weight), torch.zeros_like(weight)
     ops, aten = torch.ops.torch_bn, torch.ops.aten
     forward = ops._batch_norm_forward.default
     backward = ops.batch_norm_backward.default
