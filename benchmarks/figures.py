@@ -45,6 +45,7 @@ STYLE = {
     "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
 }
+_FEW_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _TICKS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
@@ -54,11 +55,12 @@ def label(name: str) -> str:
 
 def _ratio_axis(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator(_TICKS))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.65), max(high, 1.6))
+    low, high = min(low, 0.65), max(high, 1.6)
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(_TICKS if high / low < 15 else _FEW_TICKS))
     axes.axhline(1, color="#888888", linewidth=1, zorder=1)
 
 

@@ -38,6 +38,11 @@ class Change:
                 return 0.0 if self.new.better == "higher" else float("inf")
         return new / old if self.new.better == "higher" else old / new
 
+    @property
+    def overlap(self) -> bool:
+        """Whether the quartiles of the two runs overlap: then a fall may be noise."""
+        return self.old.q1 <= self.new.q3 and self.new.q1 <= self.old.q3
+
     def fell(self, tolerance: float) -> bool:
         return self.factor < 1 - tolerance
 
@@ -93,10 +98,12 @@ def show(comparison: Comparison, tolerance: float, console: Console) -> None:
             title=f"Fell by more than {tolerance:.0%}", box=box.SIMPLE_HEAD, title_justify="left"
         )
         table.add_column("ratio")
-        for heading in ("old", "new", "change"):
+        for heading in ("old", "new", "change", "quartiles"):
             table.add_column(heading, justify="right", no_wrap=True)
         for c in fallen:
-            table.add_row(c.name, ratio_text(c.old), ratio_text(c.new), f"{c.factor - 1:+.0%}")
+            quartiles = "overlap" if c.overlap else "apart"
+            change = f"{c.factor - 1:+.0%}"
+            table.add_row(c.name, ratio_text(c.old), ratio_text(c.new), change, quartiles)
         console.print(table)
     console.print(f"{len(fallen)} of {len(comparison.changes)} ratios fell beyond the tolerance.")
     for run, names in (("old", comparison.only_old), ("new", comparison.only_new)):

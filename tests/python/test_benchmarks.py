@@ -147,7 +147,10 @@ def test_guard(tmp_path: Path, better: str, old: float, new: float, code: int) -
 def test_guard_tolerance(tmp_path: Path) -> None:
     before, after = result(record(2.0)), result(record(1.5))
     assert compared(tmp_path, before, after, "--tolerance", "0.3")[0] == 0
-    assert compared(tmp_path, before, after, "--tolerance", "0.2")[0] == 1
+    code, said = compared(tmp_path, before, after, "--tolerance", "0.2")
+    assert code == 1
+    assert said.split().count("apart") == 1  # 1.8 to 2.2, and 1.35 to 1.65
+    assert "overlap" in compared(tmp_path, before, result(record(1.7)))[1]
     with pytest.raises(SystemExit):
         compared(tmp_path, before, after, "--tolerance", "1.5")
 
