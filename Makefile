@@ -4,8 +4,12 @@
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make accuracy                   the table of errors, docs/accuracy.md
+#   make bench                      time against the builtin and other peers, in under ten minutes
+#   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
+#   make bench-quick                fewer shapes, in under a minute
+#   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python test-arm64 accuracy lint clean
+.PHONY: help setup train test test-cpp test-python test-arm64 accuracy bench bench-quick bench-cpp lint clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -38,6 +42,18 @@ test-arm64: test-cpp
 
 accuracy: setup
 	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
+
+bench: setup
+	@$(VENV)/bin/python -m benchmarks $(ARGS)
+
+bench-quick: setup
+	@$(VENV)/bin/python -m benchmarks --quick $(ARGS)
+
+bench-cpp: setup
+	@PATH="$(VENV)/bin:$$PATH"; mkdir -p build/bench/cpp; \
+	cmake -S . -B build/bench/cpp -DTORCH_BN_BENCH=ON -DTORCH_BN_KERNELS_ONLY=ON > build/bench/cpp/configure.log \
+	  && cmake --build build/bench/cpp --parallel
+	@build/bench/cpp/benchmarks/cpp/kernels_bench $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .

@@ -58,7 +58,7 @@ except ModuleNotFoundError:  # Python 3.10
 from pathlib import Path
 
 extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-print("\n".join(name for extra in ("examples", "test", "lint") for name in extras[extra]))
+print("\n".join(name for extra in ("bench", "examples", "test", "lint") for name in extras[extra]))
 PYTHON
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$probe/extras.txt"
   touch "$venv/.requirements"

@@ -1,0 +1,355 @@
+"""The benchmark tool: its arithmetic, files and words. Nothing here depends on a time."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import guard, layers, models, native, page, peers, tables
+from benchmarks.figures import draw
+from benchmarks.memory import allocated_peak, resident_peak
+from benchmarks.result import Ratio, Record, Result, Sample, geometric_mean
+from benchmarks.timing import Budget, interleave
+
+
+def test_sample_has_median_and_quartiles() -> None:
+    assert Sample.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Sample(3.0, 2.0, 4.0, 5)
+    assert Sample.of([2.5]) == Sample(2.5, 2.5, 2.5, 1)
+    with pytest.raises(ValueError, match="no measurements"):
+        Sample.of([])
+
+
+def test_ratio_is_of_medians_with_quartiles_of_pairs() -> None:
+    above, below = [2.0, 8.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 8.0, 5.0]
+    # Medians 8 and 3; pairs 2, 4, 2, 1, 2.
+    assert Ratio.of(above, below) == Ratio(8 / 3, 2.0, 2.0, "higher")
+    with pytest.raises(ValueError, match="2 repetitions above, 1 below"):
+        Ratio.of([1.0, 2.0], [1.0])
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2.0, 8.0]) == 4.0
+    assert geometric_mean([0.25, 4.0]) == 1.0
+    assert geometric_mean([3.0] * 7) == pytest.approx(3.0, rel=1e-15)
+    for bad in ([], [1.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match=r"geometric mean|positive|domain"):
+            geometric_mean(bad)
+
+
+def test_share_of_a_step() -> None:
+    times = {"ours": [3.0, 4.0, 5.0], "builtin": [6.0, 6.0, 6.0], "without": [2.0, 2.0, 2.0]}
+    assert models.share_of(times) == Ratio(0.5, 0.375, 0.625, "lower")
+    assert models.share_of({**times, "builtin": [2.0, 2.0, 2.0]}) is None
+
+
+def test_every_repetition_calls_all_in_varying_order() -> None:
+    called = []
+
+    def call(name: str) -> None:
+        called.append(name)
+        # Longer than a sample, so that each is called once per repetition.
+        torch.randn(300_000).sort()
+
+    calls = {name: lambda name=name: call(name) for name in "abc"}
+    samples = interleave(calls, Budget(0.0, repetitions=12))
+    assert {name: len(times) for name, times in samples.items()} == {"a": 12, "b": 12, "c": 12}
+    rounds = [tuple(called[i : i + 3]) for i in range(9, 45, 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_grad_mode_of_the_calls() -> None:
+    seen = set()
+    interleave({"call": lambda: seen.add(torch.is_grad_enabled())}, Budget(0.0, 1, 1), grad=False)
+    assert seen == {False}
+    assert torch.is_grad_enabled()
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    with layers.threads_set(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def record(value: float = 2.0, better: str | None = "higher", name: str = "builtin/ours") -> Record:
+    ratio = Ratio(value, value * 0.9, value * 1.1, better)  # type: ignore[arg-type]
+    sample = Sample(1e-3, 0.9e-3, 1.1e-3, 9)
+    samples = {"ours": sample, "builtin": sample}
+    return Record("grid", "step", "64x100", "float32", 2, samples, {name: ratio}, size=25600)
+
+
+def result(*records: Record, cpu: str = "one") -> Result:
+    environment = {
+        "cpu": cpu,
+        "processors": 2,
+        "torch": "2.13.0",
+        "isa": "avx2",
+        "date": "2026-01-01",
+    }
+    return Result(environment, {"quick": True}, list(records))
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    whole = result(record(), record(0.7, None, "x"))
+    whole.miss("grid", "jax", "jax is not installed")
+    whole.miss("grid", "jax", "jax is not installed")
+    whole.write(path)
+    assert Result.read(path) == whole
+    assert len(whole.absent) == 1
+    for text, words in (("{", "not JSON"), ("[]", "not a result"), ('{"format": 0}', "format 1")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Result.read(path)
+
+
+def compared(tmp_path: Path, old: Result, new: Result, *options: str) -> tuple[int, str]:
+    """The exit code of the guard and what it says."""
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for each, path in zip((old, new), paths, strict=True):
+        each.write(path)
+    said = io.StringIO()
+    code = guard.main([*map(str, paths), *options], Console(file=said, width=160))
+    return code, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("better", "old", "new", "code"),
+    [
+        ("higher", 2.0, 2.0, 0),
+        ("higher", 2.0, 1.81, 0),
+        ("higher", 2.0, 1.79, 1),
+        ("higher", 2.0, 4.0, 0),
+        ("lower", 2.0, 2.2, 0),
+        ("lower", 2.0, 2.25, 1),
+        ("lower", 2.0, 1.0, 0),
+        ("lower", 0.5, -0.1, 0),
+        ("lower", -0.1, 0.2, 1),
+        ("higher", 0.5, -0.8, 1),
+    ],
+)
+def test_guard(tmp_path: Path, better: str, old: float, new: float, code: int) -> None:
+    found, said = compared(tmp_path, result(record(old, better)), result(record(new, better)))
+    assert found == code
+    assert f"{code} of 1 ratios fell" in said
+    assert ("grid: step, 64x100, float32, threads 2: builtin/ours" in said) == bool(code)
+
+
+def test_guard_tolerance(tmp_path: Path) -> None:
+    before, after = result(record(2.0)), result(record(1.5))
+    assert compared(tmp_path, before, after, "--tolerance", "0.3")[0] == 0
+    code, said = compared(tmp_path, before, after, "--tolerance", "0.2")
+    assert code == 1
+    assert said.split().count("apart") == 1  # 1.8 to 2.2, and 1.35 to 1.65
+    assert "overlap" in compared(tmp_path, before, result(record(1.7)))[1]
+    with pytest.raises(SystemExit):
+        compared(tmp_path, before, after, "--tolerance", "1.5")
+
+
+def test_guard_says_what_only_one_file_holds(tmp_path: Path) -> None:
+    old = result(record(), record(9.0, name="jax/ours"))
+    new = result(record(), record(0.1, name="onednn/ours"), cpu="another")
+    code, said = compared(tmp_path, old, new)
+    assert code == 0
+    assert "only the old file has them (1):\n  grid: step, 64x100, float32, threads 2: jax" in said
+    assert (
+        "only the new file has them (1):\n  grid: step, 64x100, float32, threads 2: onedn" in said
+    )
+    assert "cpu: one before, another now" in said
+
+
+def test_guard_passes_over_information_and_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
+    code, said = compared(tmp_path, result(record(2.0, None)), result(record(1.0, None)))
+    assert code == 2
+    assert "no ratio in common" in said
+    console = Console(file=io.StringIO())
+    assert guard.main(["absent.json", "absent.json"], console) == 2
+
+
+class Floor(SimpleNamespace):
+    """What floor.cpp does, in Python."""
+
+    @staticmethod
+    def can_stream() -> bool:
+        return True
+
+    @staticmethod
+    def copy(to: Tensor, source: Tensor, streaming: bool, threads: int) -> None:
+        to.copy_(source)
+
+    @staticmethod
+    def allocate_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def empty_function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return x * weight + bias
+
+    @staticmethod
+    def inside_a_region(x: Tensor, weight: Tensor, bias: Tensor, threads: int) -> None: ...
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SMALL", ((5, 3),))
+    monkeypatch.setattr(models, "CROWD", (5, 3))
+    monkeypatch.setattr(models, "MLPS", ((6, 5, 4, 3),))
+
+
+def use_floor(monkeypatch: pytest.MonkeyPatch, floor: object) -> None:
+    for module in (native, layers, models):
+        monkeypatch.setattr(module, "floor", lambda: floor)
+
+
+TINY = ["--quick", "--shape", "5x3", "--threads", "2", "1", "--seconds", "0.01"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_floor(monkeypatch, Floor())
+    docs, path = tmp_path / "docs", tmp_path / "result.json"
+    docs.mkdir()
+    written = docs / "performance.md"
+    written.write_text(f"# By hand\n\n{page.BEGIN}\nold\n{page.END}\n\nAlso by hand.\n")
+    arguments = [*TINY, "--peers", "onednn", "--json", str(path), "--docs", str(docs)]
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    found = Result.read(path)
+    assert {r.part for r in found.records} == set(command.PARTS)
+    for r in found.records:
+        for sample in r.samples.values():
+            assert 0 <= sample.q1 <= sample.median <= sample.q3
+    steps = found.of("grid", "step", 1)
+    assert [r.case for r in steps] == ["5x3"]
+    assert set(steps[0].samples) == {"ours", "builtin"}
+    ratio = steps[0].samples["builtin"].median / steps[0].samples["ours"].median
+    assert steps[0].ratios["builtin/ours"].value == pytest.approx(ratio)
+    assert {"cpu", "caches", "torch", "torch_bn", "isa", "date", "threads"} <= set(
+        found.environment
+    )
+    text = written.read_text()
+    assert text.startswith(f"# By hand\n\n{page.BEGIN}\n")
+    assert text.endswith(f"{page.END}\n\nAlso by hand.\n")
+    assert "old" not in text.split()
+    for table in tables.all_tables(found):
+        assert table.title in said
+        assert f"### {table.title}" in text
+    for name in ("speed-up", "kernels", "threads", "mlp"):
+        assert (docs / f"performance-{name}.png").stat().st_size > 10_000
+        assert f"(performance-{name}.png)" in text
+    # A second run keeps the other parts, and compares with the first.
+    again = [*TINY, "--only", "memory", "--add", "--json", str(path)]
+    assert command.main(again) == 0
+    assert {r.part for r in Result.read(path).records} == set(command.PARTS)
+    assert command.main(["compare", str(path), str(path)]) == 0
+    path.write_text(path.read_text().replace(f'"isa": "{found.environment["isa"]}"', '"isa": "x"'))
+    assert command.main(again) == 2
+    assert "measured with another isa" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_absent_peers_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_fails(*_: object, **__: object) -> object:
+        raise RuntimeError("no C++ compiler here\nmore")
+
+    use_floor(monkeypatch, "benchmarks/floor/floor.cpp could not be built: no compiler")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch, "compile", compile_fails)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    path = tmp_path / "result.json"
+    arguments = [*TINY, "--peers", "compile", "onednn", "jax", "--json", str(path)]
+    parts = ["--only", "peers", "kernels", "small", "threads"]
+    assert command.main([*arguments, *parts]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    absent = {(a["part"], a["peer"]): a["reason"] for a in json.loads(path.read_text())["absent"]}
+    assert set(absent) == {
+        ("peers", "compile"),
+        ("peers", "onednn"),
+        ("peers", "jax"),
+        ("kernels", "copy"),
+        ("small", "calls that only allocate"),
+        ("threads", "calls inside a parallel region"),
+    }
+    assert "needs a C++ compiler" in absent["peers", "compile"]
+    assert "no C++ compiler here" in absent["peers", "compile"]
+    assert "more" not in absent["peers", "compile"]
+    assert "not installed" in absent["peers", "jax"]
+    for (_, peer), reason in absent.items():
+        assert f"Not measured: {peer}, because {reason}." in said
+    assert {r.part for r in Result.read(path).records} == {"kernels", "threads"}
+
+
+def test_jax_is_not_measured_on_other_threads_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "processors", lambda: 4)
+    problem = peers.Problem.of((5, 3), torch.float32, 1)
+    with pytest.raises(peers.AbsentError, match=r"as many as the processors, 4, .*taskset"):
+        peers.jax(problem)
+
+
+@pytest.mark.parametrize("name", ["ours", "builtin", "onednn"])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5)], ids=str)
+def test_peers_do_the_same_work(name: str, shape: tuple[int, ...]) -> None:
+    problem = peers.Problem.of(shape, torch.float32, 1)
+    work = peers.PEERS[name](problem)
+    out = work["forward"]()
+    out = out.to_dense() if out.layout != torch.strided else out
+    x = problem.x.transpose(1, -1).reshape(-1, 3).double()
+    want = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+    got = out.detach().reshape(*shape).transpose(1, -1).reshape(-1, 3).double()
+    assert torch.allclose(got, want, atol=1e-5)
+    work["step"]()
+
+
+def test_a_page_without_a_place_for_the_figures_gets_one() -> None:
+    assert page.replace_between("# Title\n", "new") == (
+        f"# Title\n\n{page.BEGIN}\n\nnew\n\n{page.END}\n"
+    )
+    for broken in (page.BEGIN, page.END, f"{page.END}{page.BEGIN}"):
+        with pytest.raises(ValueError, match="the page needs"):
+            page.replace_between(broken, "new")
+
+
+def test_memory_is_counted() -> None:
+    held = []
+
+    def call() -> None:
+        held.clear()
+        temporary = torch.ones(1 << 24)  # so large that its release gives it back to the system
+        held.append(temporary[: 1 << 20].clone())
+
+    # 64 MiB and, while they are held, 4 MiB; the 4 MiB of the call before are gone by then.
+    assert allocated_peak(call, held.clear) == 68 << 20
+    resident = resident_peak(call, held.clear)
+    if isinstance(resident, str):
+        pytest.skip(resident)
+    assert 67 << 20 < resident < 70 << 20
+
+
+def test_nothing_measured_draws_nothing(tmp_path: Path) -> None:
+    assert draw(result(), tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["64", "64x", "axb", "0x3", "1x3", "2x3x4x5"])
+def test_shapes_that_are_refused(text: str) -> None:
+    with pytest.raises(SystemExit):
+        command.options(["--shape", text])
+
+
+def test_times_in_words() -> None:
+    assert tables.time_text(999.4e-6) == "999 us"
+    assert tables.time_text(999.6e-6) == "1.00 ms"
+    assert command.shape("32x64x512") == (32, 64, 512)
