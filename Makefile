@@ -45,4 +45,4 @@ lint: setup
 	@git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include
+	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include torch_bn/share
