@@ -27,5 +27,5 @@ if ! has_gtest; then
   exit 1
 fi
 
-cmake -S . -B "$build" -DTORCH_BN_TESTS=ON > "$build/configure.log" || { cat "$build/configure.log"; exit 1; }
+cmake -S . -B "$build" -DTORCH_BN_TESTS=ON -DTORCH_BN_STATIC=ON > "$build/configure.log" || { cat "$build/configure.log"; exit 1; }
 cmake --build "$build" --parallel "$(nproc)"
