@@ -2,10 +2,11 @@
 #
 #   make train DATA=DIR             on the MNIST files in DIR
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
+#   make example-cpp                the same network trained and proved by a C++ program; DATA and ARGS as above
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make accuracy                   the table of errors, docs/accuracy.md
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python test-arm64 accuracy lint clean
+.PHONY: help setup train test test-cpp test-python test-arm64 example-cpp accuracy lint clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -32,6 +33,9 @@ test-cpp: setup
 
 test-python: setup
 	@$(VENV)/bin/python -m pytest -q
+
+example-cpp: setup
+	@DATA="$(DATA)" PLACEMENTS="$(PLACEMENTS)" ARGS="$(ARGS)" scripts/example_cpp.sh
 
 test-arm64: test-cpp
 	@scripts/test_arm64.sh

@@ -57,7 +57,7 @@ def needed(library: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, shared and as an archive, moved after its installation to a path with a blank."""
+    """The library, shared and as an archive, moved once installed, to a path with a blank."""
     folder = tmp_path_factory.mktemp("installed")
     run("cmake", "-S", ROOT, "-B", BUILD, "-DTORCH_BN_STATIC=ON")
     run("cmake", "--build", BUILD, "--target", "torch_bn", "torch_bn_archive")
