@@ -4,15 +4,19 @@
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
 #   make example-cpp                the same network trained and proved by a C++ program; DATA and ARGS as above
 #   make test-arm64                 the kernels on arm64, under emulation
+#   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
+#   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make accuracy                   the table of errors, docs/accuracy.md
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python test-arm64 example-cpp accuracy lint clean
+.PHONY: help setup train test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy lint clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
 PLACEMENTS ?= after before
 ARGS ?=
 DATA ?=
+PARTS ?=
+SECONDS ?= 60
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^\./q' Makefile
@@ -39,6 +43,14 @@ example-cpp: setup
 
 test-arm64: test-cpp
 	@scripts/test_arm64.sh
+
+sanitize: setup
+	@scripts/setup_tests.sh gtest
+	@scripts/sanitize.sh $(PARTS)
+
+fuzz: setup
+	@scripts/setup_tests.sh gtest
+	@scripts/fuzz.sh $(SECONDS)
 
 accuracy: setup
 	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
