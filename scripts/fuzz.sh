@@ -35,8 +35,9 @@ cmake --build "$build" --parallel "$(nproc)" --target kernels_fuzz idx_fuzz
 for target in kernels idx; do
   mkdir -p "$build/corpus/$target"
   echo "torch_bn: fuzzing $target for $seconds s"
-  # What it finds worth keeping goes into the first folder, which is not the repository's.
-  "$build/tests/fuzz/${target}_fuzz" -seed=1 -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=1024 \
-    -print_final_stats=1 -verbosity=0 -print_funcs=0 -artifact_prefix="$build/found/$target-" \
+  # All lengths from the start: short inputs leave the choices at their end at zero. What it finds worth keeping
+  # goes into the first folder, which is not the repository's.
+  "$build/tests/fuzz/${target}_fuzz" -seed=1 -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 \
+    -max_len=1024 -len_control=0 -print_final_stats=1 -verbosity=0 -print_funcs=0 -artifact_prefix="$build/found/$target-" \
     "$build/corpus/$target" "tests/fuzz/corpus/$target"
 done

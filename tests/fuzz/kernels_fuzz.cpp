@@ -19,6 +19,21 @@ std::size_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
+// Ordinary numbers, between 1/8 and 8 in size, of any sign and mantissa.
+void fill_with_numbers(std::vector<std::uint8_t>& memory, DType dtype, std::uint64_t seed) {
+  const std::size_t step = size_of(dtype);
+  for (std::size_t i = 0; i + step <= memory.size(); i += step) {
+    seed = seed * 6364136223846793005U + 1442695040888963407U;
+    const std::uint64_t exponent = (seed >> 33) % 6;
+    const std::uint64_t sign = seed >> 63 << 63;
+    std::uint64_t bits = sign | (1020 + exponent) << 52 | (seed & 0xfffffffffffffU);
+    if (dtype == DType::f32 || dtype == DType::bf16)
+      bits = (sign >> 32 | (124 + exponent) << 23 | (seed >> 20 & 0x7fffffU)) >> (dtype == DType::bf16 ? 16 : 0);
+    if (dtype == DType::f16) bits = sign >> 48 | (12 + exponent) << 10 | (seed >> 20 & 0x3ffU);
+    std::memcpy(&memory[i], &bits, step);  // the low bytes of a little-endian number
+  }
+}
+
 // An array in memory of exactly the size that its strides span.
 struct Array {
   std::vector<std::uint8_t> memory;
@@ -58,9 +73,9 @@ Array any_strides(const Shape& shape, DType dtype, Bytes& bytes) {
   for (int i = 2; i >= 0; --i) {
     const int d = order[i];
     const std::uint8_t choice = bytes.next();
-    next += choice >> 4 & 3;
-    strides[d] = (choice & 3) == 1 ? 0 : next;
-    if ((choice & 12) == 4) strides[d] = -strides[d];
+    if (choice >> 5 < 3) next += choice >> 5;
+    strides[d] = (choice & 7) == 1 ? 0 : next;
+    if ((choice & 24) == 8) strides[d] = -strides[d];
     next *= sizes[d];
   }
   return {shape, dtype, {strides[0], strides[1], strides[2]}};
@@ -209,12 +224,22 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Array input = any_strides(c.shape, c.dtype, bytes);
   Array grad_output = any_strides(c.shape, c.dtype, bytes);
   const int threads = static_cast<int>(bytes.number(1, 3));
+  // Bits of the fuzzer's, which are rarely numbers to compute with, or ordinary ones.
+  const bool is_raw = bytes.flag();
+  std::uint64_t seed = bytes.next();
+  const auto fill = [&](std::vector<std::uint8_t>& memory, DType dtype) {
+    if (is_raw) {
+      bytes.fill(memory.data(), memory.size());
+    } else {
+      fill_with_numbers(memory, dtype, ++seed);
+    }
+  };
   for (auto* values : {&c.weight, &c.bias, &c.running_mean, &c.running_var}) {
     values->resize(static_cast<std::size_t>(c.shape.c) * size_of(c.param_dtype));
-    bytes.fill(values->data(), values->size());
+    fill(*values, c.param_dtype);
   }
-  bytes.fill(grad_output.memory.data(), grad_output.memory.size());
-  bytes.fill(input.memory.data(), input.memory.size());
+  fill(grad_output.memory, c.dtype);
+  fill(input.memory, c.dtype);
 
   Array plain_input = contiguous(c.shape, c.dtype);
   Array plain_grad = contiguous(c.shape, c.dtype);

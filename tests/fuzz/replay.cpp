@@ -1,8 +1,11 @@
-// replay PATH...: runs a fuzz target on files, and on all files of folders, without a fuzzer.
+// replay COUNT PATH...: runs a fuzz target, without a fuzzer, on files, on all files of folders, and on so many
+// inputs of random bytes, the same each time.
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <random>
+#include <string>
 #include <vector>
 
 #include "bytes.h"
@@ -28,7 +31,15 @@ void replay(const fs::path& path) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) replay(argv[i]);
-  std::printf("%d inputs hold\n", files);
+  for (int i = 2; i < argc; ++i) replay(argv[i]);
+  const int count = argc > 1 ? std::stoi(argv[1]) : 0;
+  for (int seed = 0; seed < count; ++seed) {
+    std::mt19937 generator(static_cast<unsigned>(seed));
+    std::vector<std::uint8_t> bytes(64);
+    for (auto& byte : bytes) byte = static_cast<std::uint8_t>(generator());
+    std::fprintf(stderr, "random %d\n", seed);
+    LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
+  }
+  std::printf("%d files and %d random inputs hold\n", files, count);
   return files > 0 ? 0 : 1;
 }

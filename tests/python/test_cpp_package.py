@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like site-packages, with torch and the unpacked wheel in it."""
     folder = tmp_path_factory.mktemp("wheel")
+    for stale in (ROOT / "build").glob("lib.*"):  # setuptools would pack what lies there
+        shutil.rmtree(stale)
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet")
     run(*pip, "-w", folder, ROOT, env={"TORCH_BN_BUILD_DIR": str(BUILD)})
     (wheel,) = folder.glob("*.whl")
