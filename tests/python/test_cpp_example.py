@@ -70,12 +70,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train(programs: Path, data: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    return run(programs / "train_mlp", "--data", data, "--threads", 1, *more)
+
+
 @pytest.mark.parametrize("placement", ["before", "after"])
 def test_training_learns_and_the_proof_passes(
     programs: Path, data: Path, tmp_path: Path, placement: str
 ) -> None:
     more = ("--placement", placement, "--epochs", 6, "--checkpoint", tmp_path / "mlp.pt")
-    done = run(programs / "train_mlp", "--data", data, "--batch-size", 32, *more)
+    done = train(programs, data, "--batch-size", 32, *more)
     assert done.returncode == PASSED, done.stdout + done.stderr
     assert "The proof passed." in done.stdout
     # 36 steps, of two batch norms and three Dense layers.
@@ -87,7 +91,7 @@ def test_training_learns_and_the_proof_passes(
 
 def test_a_wrong_layer_fails_the_proof(programs: Path, data: Path, tmp_path: Path) -> None:
     more = ("--epochs", 2, "--fault", "--checkpoint", tmp_path / "mlp.pt")
-    done = run(programs / "train_mlp", "--data", data, *more)
+    done = train(programs, data, *more)
     assert done.returncode == FAILED
     assert "The proof FAILED." in done.stdout
     assert " FAIL\n" in done.stdout
@@ -98,7 +102,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     def command(name: str) -> list[str]:
         program, file = str(programs / "train_mlp"), str(tmp_path / name)
-        return [program, "--data", str(data), "--epochs", "20", "--checkpoint", file]
+        more = ("--threads", "1", "--epochs", "20", "--checkpoint", file)
+        return [program, "--data", str(data), *more]
 
     whole = run(*command("whole.pt"))
     with subprocess.Popen(command("parts.pt"), stdout=subprocess.PIPE, text=True) as part:
