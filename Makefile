@@ -2,20 +2,26 @@
 #
 #   make train DATA=DIR             on the MNIST files in DIR
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
+#   make example-cpp                the same network trained and proved by a C++ program; DATA and ARGS as above
 #   make test-arm64                 the kernels on arm64, under emulation
+#   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
+#   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make accuracy                   the table of errors, docs/accuracy.md
 #   make bench                      time against the builtin and other peers, in under ten minutes
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
 #   make bench-quick                fewer shapes, in under a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python test-arm64 accuracy bench bench-quick bench-cpp lint clean
+.PHONY: help setup train test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
+  bench-cpp lint clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
 PLACEMENTS ?= after before
 ARGS ?=
 DATA ?=
+PARTS ?=
+SECONDS ?= 60
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^\./q' Makefile
@@ -37,8 +43,19 @@ test-cpp: setup
 test-python: setup
 	@$(VENV)/bin/python -m pytest -q
 
+example-cpp: setup
+	@DATA="$(DATA)" PLACEMENTS="$(PLACEMENTS)" ARGS="$(ARGS)" scripts/example_cpp.sh
+
 test-arm64: test-cpp
 	@scripts/test_arm64.sh
+
+sanitize: setup
+	@scripts/setup_tests.sh gtest
+	@scripts/sanitize.sh $(PARTS)
+
+fuzz: setup
+	@scripts/setup_tests.sh gtest
+	@scripts/fuzz.sh $(SECONDS)
 
 accuracy: setup
 	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
@@ -61,4 +78,4 @@ lint: setup
 	@git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include
+	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include torch_bn/share

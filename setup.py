@@ -42,7 +42,10 @@ class CMakeBuild(build_ext):
         for command in (
             configure,
             ["cmake", "--build", str(build), "--parallel", jobs, "--target", "torch_bn", "_C"],
-            ["cmake", "--install", str(build), "--prefix", str(target)],
+            *(
+                ["cmake", "--install", str(build), "--prefix", str(target), "--component", part]
+                for part in ("library", "python")
+            ),
         ):
             subprocess.run(command, check=True)
 

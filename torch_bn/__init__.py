@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch_bn import _onnx as _onnx
 from torch_bn import functional
-from torch_bn._library import __version__, build_info
+from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
@@ -21,6 +21,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "__version__",
     "build_info",
+    "cmake_prefix_path",
     "convert",
     "functional",
     "revert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,3 +62,11 @@ def build_info() -> dict[str, Any]:
 
 
 __version__: str = build_info()["version"]
+
+cmake_prefix_path: str = str(Path(__file__).resolve().parent)
+"""Where CMake's ``find_package(torch_bn)`` finds the C++ library, headers and package config.
+
+>>> import torch_bn
+>>> (Path(torch_bn.cmake_prefix_path) / "include/torch_bn/torch_bn.h").is_file()
+True
+"""

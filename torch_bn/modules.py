@@ -54,7 +54,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
         if not is_scripting():
-            result = _serve.layer(self, input)
+            result: Tensor = _serve.layer(self, input)
             if result is not NotImplemented:
                 return result
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.

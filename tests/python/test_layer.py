@@ -13,8 +13,8 @@ import torch_bn
 
 SHAPES = [(2, 1), (64, 100), (129, 33), (5, 3), (4, 5, 6), (1, 3, 8), (3, 70, 200)]
 # One rounding of a result to float32 is 2^-24 = 6e-8. An output and a grad_input have four: of the
-# centred value, of the scale, of their product, of the sum. Sums are in double; theirs is doubled for
-# the rounding of the running statistics' old value, which the float64 reference does not have.
+# centred value, of the scale, of their product, of the sum. Sums are in double; the rounding of
+# theirs is doubled for that of the running statistics' old value, which float64 does not have.
 FLOAT32 = {"output": 2.5e-7, "grad_input": 2.5e-7}
 FLOAT32_SUMS = 1.2e-7
 # Sums of at most 600 rows in float64, in another order.

@@ -1,0 +1,33 @@
+/// \file
+/// The functional form.
+#pragma once
+
+#include <torch/types.h>
+#include <torch_bn/options.h>
+
+namespace torch_bn::functional {
+
+/// Normalises each channel of a batch: y = (x - mean) / sqrt(var + eps) * weight + bias.
+///
+/// (Ioffe and Szegedy 2015, algorithm 1.) In training, mean and biased variance are the batch's, and the running
+/// statistics move towards its mean and unbiased variance by `momentum`; in evaluation they are the running
+/// statistics. Differentiable to any order. The result has the same bits on every number of threads.
+///
+/// \param input (N, C) or (N, C, L); float32, float64, bfloat16 or float16, of any strides. Other ranks, devices
+///   and layouts are served by torch's own implementation.
+/// \param running_mean (C), of the input's type or float32 beside a 16-bit input; updated in place in training,
+///   where it may be undefined
+/// \param running_var likewise
+/// \param options weight, bias, training, momentum and eps
+/// \return a contiguous tensor of the input's shape and type
+/// \throws c10::Error with the words of `torch::nn::functional::batch_norm`, if there is one value per channel in
+///   training, or a size or type does not fit; then nothing has been written
+///
+/// ```
+/// namespace F = torch_bn::functional;
+/// auto y = F::batch_norm(x, mean, var, F::BatchNormFuncOptions().weight(w).bias(b).training(true));
+/// ```
+torch::Tensor batch_norm(const torch::Tensor& input, const torch::Tensor& running_mean,
+                         const torch::Tensor& running_var, const BatchNormFuncOptions& options = {});
+
+}  // namespace torch_bn::functional

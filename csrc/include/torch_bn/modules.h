@@ -1,0 +1,82 @@
+/// \file
+/// The layers, as module holders like those of torch::nn.
+#pragma once
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
+#include <torch_bn/options.h>
+
+#include <ostream>
+
+namespace torch_bn {
+namespace detail {
+
+/// What all batch norm layers are made of: their options, parameters, buffers and how these are reset and printed.
+/// `Derived` adds `forward` and `layer_name`.
+template <typename Derived>
+class BatchNormImplBase : public torch::nn::Cloneable<Derived> {
+ public:
+  /// \param options see `BatchNorm1dOptions`
+  /// \throws c10::Error for a negative number of features
+  explicit BatchNormImplBase(const BatchNorm1dOptions& options);
+
+  /// Makes parameters and buffers from the options, with their initial values. The constructor and `clone` have
+  /// called it; as in torch's layer, a further call throws.
+  void reset() override;
+
+  /// Sets the weight to ones and the bias to zeros, and resets the running statistics.
+  void reset_parameters();
+
+  /// Sets the running mean to zeros, the running variance to ones and the counter to zero.
+  void reset_running_stats();
+
+  /// Writes one line with the layer's name and options.
+  void pretty_print(std::ostream& stream) const override;
+
+  /// The options this module was made with. A new eps or momentum takes effect at the next forward.
+  BatchNorm1dOptions options;
+
+  torch::Tensor weight;               ///< (C), defined if `affine`
+  torch::Tensor bias;                 ///< (C), defined if `affine` and `bias`
+  torch::Tensor running_mean;         ///< (C), defined if `track_running_stats`
+  torch::Tensor running_var;          ///< (C), unbiased, defined if `track_running_stats`
+  torch::Tensor num_batches_tracked;  ///< int64 without dimensions: forwards in training
+};
+
+}  // namespace detail
+
+/// Batch normalisation over an (N, C) or (N, C, L) input, in place of `torch::nn::BatchNorm1d`.
+///
+/// Parameters, buffers and files written by `torch::save` are those of torch's layer, the arithmetic is this
+/// library's: right to the rounding of the result whatever the mean of the data, and with the same bits on every
+/// number of threads. Many threads may call `forward` of one module at once in evaluation; in training each
+/// needs its own, as the running statistics are written to.
+class BatchNorm1dImpl : public detail::BatchNormImplBase<BatchNorm1dImpl> {
+ public:
+  using detail::BatchNormImplBase<BatchNorm1dImpl>::BatchNormImplBase;
+
+  /// Normalises `input`; in training, also updates the running statistics and their counter.
+  ///
+  /// \param input (N, C) or (N, C, L); float32, float64, bfloat16 or float16, of any strides. Other devices and
+  ///   layouts are served by torch's own implementation.
+  /// \return a contiguous tensor of the input's shape and type
+  /// \throws c10::Error with the words of `torch::nn::BatchNorm1d`, if the input is neither 2D nor 3D, if there is
+  ///   one value per channel in training, or if a size or type does not fit; then no buffer has changed
+  torch::Tensor forward(const torch::Tensor& input);
+
+  /// "BatchNorm1d".
+  static const char* layer_name();
+};
+
+extern template class detail::BatchNormImplBase<BatchNorm1dImpl>;
+
+/// Holds a `BatchNorm1dImpl`, as `torch::nn::BatchNorm1d` holds its own.
+///
+/// ```
+/// torch_bn::BatchNorm1d layer(300);
+/// auto y = layer(torch::randn({64, 300}));
+/// ```
+TORCH_MODULE(BatchNorm1d);
+
+}  // namespace torch_bn

@@ -1,0 +1,15 @@
+/// \file
+/// All of torch_bn's C++ API.
+///
+/// ```
+/// #include <torch/torch.h>
+/// #include <torch_bn/torch_bn.h>
+///
+/// torch::nn::Sequential model(torch::nn::Linear(784, 300), torch_bn::BatchNorm1d(300), torch::nn::ReLU());
+/// ```
+#pragma once
+
+#include <torch_bn/build_info.h>
+#include <torch_bn/functional.h>
+#include <torch_bn/modules.h>
+#include <torch_bn/options.h>

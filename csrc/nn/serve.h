@@ -1,0 +1,17 @@
+// Who serves a call: our operator, or where it cannot, torch's own implementation in silence.
+#pragma once
+
+#include <torch/types.h>
+
+#include <optional>
+
+namespace torch_bn::nn {
+
+// The layer's arithmetic, counter included, whoever computes it. Any tensor but the input may be undefined.
+// Throws what torch throws, with its words; then nothing has been written.
+torch::Tensor batch_norm(const torch::Tensor& input, const torch::Tensor& weight, const torch::Tensor& bias,
+                         const torch::Tensor& running_mean, const torch::Tensor& running_var,
+                         const torch::Tensor& num_batches_tracked, bool training, std::optional<double> momentum,
+                         double eps);
+
+}  // namespace torch_bn::nn

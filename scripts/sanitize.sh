@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Runs the torch-free kernels and their tests under sanitizers: sanitize.sh [address] [threads] [valgrind], all three
+# when none is named. What this machine lacks is installed as root on Debian, and skipped in words elsewhere.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${VENV:-.venv}
+root=${SANITIZE_BUILD:-build/sanitize}
+export PATH="$PWD/$venv/bin:$PATH"
+
+# `needs COMMAND PACKAGE...`: whether the command is there, perhaps after installing the packages.
+needs() {
+  local command=$1
+  shift
+  if ! eval "$command" > /dev/null 2>&1 && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "torch_bn: installing $*"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$@"; } > /dev/null || true
+  fi
+  eval "$command" > /dev/null 2>&1 && return 0
+  echo "torch_bn: skipped, as this machine lacks it: $* (Debian: apt-get install $*)"
+  return 1
+}
+
+# `build NAME COMPILER FLAGS TARGET...`
+build() {
+  local tree=$root/$1 compiler=$2 flags=$3
+  shift 3
+  mkdir -p "$tree"
+  cmake -S . -B "$tree" -DTORCH_BN_KERNELS_ONLY=ON -DTORCH_BN_TESTS=ON -DCMAKE_BUILD_TYPE=None \
+    -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_FLAGS="$flags" > "$tree/configure.log" 2>&1 ||
+    { cat "$tree/configure.log"; exit 1; }
+  cmake --build "$tree" --parallel "$(nproc)" --target "$@"
+}
+
+run_address() {
+  build address "${CXX:-c++}" \
+    '-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1' kernels_test guard_test
+  export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+  "$root/address/tests/cpp/kernels_test" --gtest_brief=1
+  "$root/address/tests/cpp/guard_test" --gtest_brief=1
+}
+
+# The thread sanitizer sees no synchronisation inside GCC's OpenMP. LLVM's tells it, through libarcher.
+run_threads() {
+  local probe='command -v clang++ && echo "#include <omp.h>" | clang++ -fopenmp -x c++ -E - && ls /usr/lib/llvm-*/lib/libarcher.so'
+  needs "$probe" clang libomp-dev || return 0
+  build threads clang++ '-fsanitize=thread -g1 -O1' kernels_test
+  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=4 \
+    "$root/threads/tests/cpp/kernels_test" --gtest_brief=1
+}
+
+# Slow, and without AVX-512: a few tests on small arrays.
+run_valgrind() {
+  needs 'command -v valgrind' valgrind || return 0
+  build plain "${CXX:-c++}" '-g1 -O1' kernels_test
+  valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+    "$root/plain/tests/cpp/kernels_test" --gtest_brief=1 \
+    --gtest_filter='*AskedForGradients*:*BadChannel*:*Outlier*:*Cancelling*:*ExactData*:Dispatch.*'
+}
+
+[ $# -gt 0 ] || set -- address threads valgrind
+for part in "$@"; do
+  echo "torch_bn: $part"
+  "run_$part"
+done
+echo "torch_bn: clean under $*"
