@@ -79,7 +79,7 @@ class Work {
     backward.grad_bias = grad_bias_.data();
     forward.scratch = backward.scratch = scratch_.data();
     forward.threads = backward.threads = threads;
-    forward.stream_from = kernels::stream_from();
+    forward.stream_from = backward.stream_from = stream_from();
   }
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;

@@ -23,7 +23,8 @@ using i64 = std::int64_t;
 constexpr i64 kBlockRows = 128;
 constexpr i64 kTileChannels = 64;
 constexpr i64 kMaxSegments = 64;
-// A segment's partial sums cost some rows' work, and along lines more.
+// A segment's partial sums cost some rows' work, and along lines more. Segments of rows are multiples of the
+// first: where means of an even number of rows are exact, those of the segments then are.
 constexpr i64 kMinSegmentRows = 128;
 constexpr i64 kMinSegmentOfLines = 1024;
 constexpr i64 kPiece = 4096;
@@ -81,9 +82,10 @@ struct Partition {
         pieces(lines ? ceil_div(shape.l, kPiece) : 1),
         rows(shape.n * shape.l),
         items(lines ? shape.n * pieces : rows),
-        segment_items(
-            max_of(ceil_div(items, kMaxSegments),
-                   lines ? ceil_div(kMinSegmentOfLines, max_of(min_of(shape.l, kPiece), 1)) : kMinSegmentRows)),
+        segment_items(lines
+                          ? max_of(ceil_div(items, kMaxSegments),
+                                   ceil_div(kMinSegmentOfLines, max_of(min_of(shape.l, kPiece), 1)))
+                          : max_of(ceil_div(ceil_div(items, kMaxSegments), kMinSegmentRows), 1) * kMinSegmentRows),
         segments(ceil_div(items, segment_items)) {}
 
   constexpr Range segment(i64 s) const { return {s * segment_items, min_of((s + 1) * segment_items, items)}; }
