@@ -69,7 +69,7 @@ struct BackwardArgs {
   ChannelView weight;
   const double* mean;        // (C) from the forward
   const double* invstd;      // (C)
-  void* grad_input;          // contiguous (N, C, L), dtype
+  void* grad_input;          // contiguous (N, C, L), dtype; may be a contiguous grad_output
   void* grad_weight;         // (C), param_dtype
   void* grad_bias;           // (C), param_dtype
   double* scratch;           // backward_scratch(shape) doubles

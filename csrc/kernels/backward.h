@@ -239,7 +239,9 @@ void backward(const BackwardArgs& args) {
       args.grad_weight != nullptr || args.grad_bias != nullptr || (args.training && args.grad_input != nullptr);
   constexpr i64 kSize = sizeof(typename Element::Storage);
   const i64 elements = partition.rows * shape.c;
-  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.grad_input);
+  // Over the gradient itself results are written to lines that are in the cache already.
+  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.grad_input) &&
+                      args.grad_input != args.grad_output.data;
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/2, team.size());

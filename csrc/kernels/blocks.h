@@ -38,7 +38,7 @@ constexpr i64 kBackwardCoefficients = 6;
 // Room, in doubles, for each of them and the first partial sum to start at a cache line.
 constexpr i64 kAlignmentRoom = 80;  // at most nine arrays
 // Elements below which a second thread costs more than it brings.
-constexpr i64 kSerialBelow = 16384;
+constexpr i64 kSerialBelow = 32768;
 
 constexpr i64 ceil_div(i64 a, i64 b) {
   return (a + b - 1) / b;

@@ -1,7 +1,8 @@
 #include "serve.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/nn/functional/batchnorm.h>
+
+#include "../ops/ops.h"
 
 namespace torch_bn::nn {
 namespace {
@@ -10,16 +11,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 OptionalTensor optional_of(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-// Through the dispatcher, so that autograd, modes and transforms see it.
-at::Tensor by_operator(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                       const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                       double eps) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torch_bn::batch_norm", "").typed<decltype(by_operator)>();
-  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
 }
 
 // The share of the coming batch in the running statistics.
@@ -83,9 +74,10 @@ at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& weight, const a
   if (rank == 2 || rank == 3) {
     try {
       const bool apart = is_counted_apart(num_batches_tracked);
-      auto output = by_operator(input, optional_of(weight), optional_of(bias), optional_of(running_mean),
-                                optional_of(running_var), apart ? std::nullopt : optional_of(num_batches_tracked),
-                                training, apart ? factor_of(momentum, num_batches_tracked) : momentum, eps);
+      auto output =
+          ops::batch_norm(input, optional_of(weight), optional_of(bias), optional_of(running_mean),
+                          optional_of(running_var), apart ? std::nullopt : optional_of(num_batches_tracked),
+                          training, apart ? factor_of(momentum, num_batches_tracked) : momentum, eps);
       if (apart) num_batches_tracked.add_(1);
       return output;
     } catch (const c10::ValueError&) {

@@ -1,5 +1,7 @@
 // The autograd functions. Forward and backward are both operators; each has an autograd kernel, so that a
 // backward that is itself recorded can be differentiated again, to any order.
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -69,6 +71,38 @@ struct BackwardOptions {
   OutputMask output_mask;
 };
 
+// Whether this is a plain CPU tensor in a plain call: no mode, transform or tracer would miss an operator that is
+// not called.
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return tensor.layout() == at::kStrided && (tensor.key_set() | kPlain) == kPlain;
+}
+
+bool is_plain_call() {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         (tls.included_ -
+          c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView}))
+             .empty();
+}
+
+// Whether the gradient that the engine handed to a Function's backward is dead after it. The Function holds the
+// one reference; whoever else may read the gradient (its user, a hook, `retain_grad`, another node) holds one
+// more, and a view of it another of the storage. Memory that is not torch's own, such as an array of NumPy's, may
+// have owners that no count tells of.
+bool is_last_use(const at::Tensor& grad) {
+  return grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1 &&
+         grad.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
+// Whether grad_input may take the place of grad_output.
+bool may_overwrite(const at::Tensor& grad, const at::Tensor& input) {
+  return is_plain_call() && is_plain(grad) && is_plain(input) && is_last_use(grad) && grad.is_contiguous() &&
+         grad.scalar_type() == input.scalar_type() && grad.sizes() == input.sizes() &&
+         !grad.storage().is_alias_of(input.storage());
+}
+
 Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                          const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
@@ -110,9 +144,12 @@ struct BatchNorm : Function<BatchNorm> {
     // Edges are numbered over the arguments that were given.
     const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
                              has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
+    const bool training = ctx->saved_data["training"].toBool();
     auto [grad_input, grad_weight, grad_bias] =
-        batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2],
-                            ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(), mask);
+        mask[0] && may_overwrite(grads[0], saved[0])
+            ? batch_norm_backward_over(grads[0], saved[0], optional_of(weight), saved[2], training, mask)
+            : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], training,
+                                  ctx->saved_data["eps"].toDouble(), mask);
     // Parameters may have any shape with C elements.
     if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
     if (mask[2] && bias_sizes->second.toListRef().size() != 1)

@@ -126,9 +126,10 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   return {std::move(output), std::move(stats)};
 }
 
-Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                       const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                       double /*eps*/, OutputMask output_mask) {
+// `grad_input` is written to where it is defined, and may be `grad_output` itself.
+Gradients backward_into(at::Tensor grad_input, const at::Tensor& grad_output, const at::Tensor& input,
+                        const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                        OutputMask output_mask) {
   check_backward(grad_output, input, weight, stats);
   const auto& table = active_kernels();
   kernels::BackwardArgs args{};
@@ -146,10 +147,9 @@ Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   args.invstd = args.mean + args.shape.c;
 
   const auto param_options = input.options().dtype(param_dtype);
-  at::Tensor grad_input;
   at::Tensor grad_weight;
   at::Tensor grad_bias;
-  if (output_mask[0]) grad_input = empty_result(input.sizes(), input.options());
+  if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.options());
   if (output_mask[1]) grad_weight = at::empty({args.shape.c}, param_options);
   if (output_mask[2]) grad_bias = at::empty({args.shape.c}, param_options);
   if (input.numel() == 0) {
@@ -168,10 +168,23 @@ Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
+Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                       const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                       double /*eps*/, OutputMask output_mask) {
+  return backward_into({}, grad_output, input, weight, stats, training, output_mask);
+}
+
 TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
   m.impl("_batch_norm_forward", forward_cpu);
   m.impl("batch_norm_backward", backward_cpu);
 }
 
 }  // namespace
+
+Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
+                                   const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                                   OutputMask output_mask) {
+  return backward_into(grad_output, grad_output, input, weight, stats, training, output_mask);
+}
+
 }  // namespace torch_bn::ops

@@ -47,6 +47,12 @@ Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& i
                               const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                               double eps, OutputMask output_mask);
 
+// The same on CPU alone and not through the dispatcher, with grad_input in place of grad_output: for a contiguous
+// gradient that nobody else will read.
+Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
+                                   const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
+                                   OutputMask output_mask);
+
 // Moves running statistics by what a batch of `count` values per channel had: float64 mean and biased variance,
 // both (C). Apart from the forward only where that one is decomposed.
 void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,

@@ -125,6 +125,25 @@ TEST(Ops, InPlaceWritesAdvanceTheVersionCounters) {
 }
 
 // Every refusal comes before anything is written.
+// A hook of C++ sees the gradient without keeping it. tests/python/test_gradient_in_place.py has what may not be
+// overwritten.
+TEST(Ops, ADeadGradientIsOverwritten) {
+  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{50, 6}, {4, 6, 40}})
+    for (const bool training : {true, false}) {
+      const Layer layer(6, at::kFloat);
+      const auto x = torch::randn(shape).set_requires_grad(true);
+      const auto factor = torch::randn(shape);
+      const auto y = layer(x, training);
+      const void* passed = nullptr;
+      y.register_hook([&](const at::Tensor& grad) { passed = grad.const_data_ptr(); });
+      (y * factor).sum().backward();
+      EXPECT_EQ(x.grad().const_data_ptr(), passed);
+      const auto again = x.detach().set_requires_grad(true);
+      const Layer same(6, at::kFloat);
+      EXPECT_TRUE(torch::equal(x.grad(), torch::autograd::grad({same(again, training)}, {again}, {factor})[0]));
+    }
+}
+
 TEST(Ops, RefusedCallsChangeNothing) {
   struct Case {
     const char* words;
