@@ -16,9 +16,9 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     r"""Batch normalization over an (N, C) or (N, C, L) input, in place of torch's own layer.
 
     Constructor, parameters, buffers, ``state_dict`` and behaviour are those of
-    :class:`torch.nn.BatchNorm1d`; the arithmetic is this library's. It is exact to the rounding
-    of the result whatever the mean of the data, and gives the same bits on every number of
-    threads.
+    :class:`torch.nn.BatchNorm1d`; the arithmetic is this library's. It is right to a few
+    roundings of the result whatever the mean of the data, and gives the same bits on every number
+    of threads.
 
     Args:
         num_features: number of channels C of the input.

@@ -12,8 +12,9 @@ namespace {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
-// Below this the allocator mostly hands out memory that has been touched before.
-constexpr std::size_t kLarge = std::size_t{4} << 20;
+// Below this the C library's allocator mostly hands out memory that has been touched before; from here on it never
+// does.
+constexpr std::size_t kLarge = std::size_t{32} << 20;
 
 // Advice that the system may not take; then nothing has changed.
 void advise_huge_pages(void* data, std::size_t bytes) {
