@@ -36,6 +36,8 @@ struct Operation {
   const std::uint8_t* plain;  // of each channel
   bool stream;                // whether the result bypasses the caches
 };
+template <typename RealOp, typename DoubleOp>
+Operation(RealOp, DoubleOp, const std::uint8_t*, bool) -> Operation<RealOp, DoubleOp>;
 
 template <bool kFirst, typename A, typename B>
 const auto& select(const A& first, const B& second) {
