@@ -69,7 +69,7 @@ inline void put(typename Element::Storage* to, Vector v) {
     Element::store_vector(to, v);
 }
 
-// `rows` rows, each a stride from the last, over the channels [0, width) from `channel` on.
+// kRows rows over some channels; `to` is the first row of the result, `stride` the distance to the next.
 template <typename Element, int kRows, bool kStream, typename Op, typename... Source>
 void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64 stride, Source... source) {
   using Vector = typename Element::Vector;

@@ -25,13 +25,13 @@ struct Schedule {
     const i64 own = ceil_div(ceil_div(shape.c, threads), kGrain) * kGrain;
     if (partition.along_lines) {
       block = max_of(fitting, 1);
-      by_channels = (shape.c >= 4 * threads || threads == 1);
+      by_channels = threads == 1 || shape.c >= 2 * kGrain * threads;
     } else {
       block = min_of(fitting / kGrain * kGrain, own);
       const bool fits = block >= min_of(kNarrowest, shape.c);
+      // In cache, threads share the rows: half of every row of a power of two would fill half of the cache's sets.
       const bool streams = bytes_per_channel * shape.c > 2 * kOwnCache * threads;
-      by_channels =
-          threads == 1 ? fits : fits && streams && block * threads <= round_up(shape.c, kGrain * threads);
+      by_channels = fits && (threads == 1 || streams);
     }
     if (!by_channels) block = shape.c;
   }

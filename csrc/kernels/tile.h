@@ -13,7 +13,7 @@ const typename Element::Storage* element_at(const ArrayView& view, i64 n, i64 c,
          l * view.stride_l;
 }
 
-// Rows from..from+count-1 of one channel onwards; row r starts at `data + r * stride`.
+// Equally distant rows, channels side by side; row r starts at `data + r * stride`.
 template <typename Storage>
 struct Rows {
   const Storage* data;
