@@ -49,8 +49,8 @@ class BatchNormImplBase : public torch::nn::Cloneable<Derived> {
 /// Batch normalisation over an (N, C) or (N, C, L) input, in place of `torch::nn::BatchNorm1d`.
 ///
 /// Parameters, buffers and files written by `torch::save` are those of torch's layer, the arithmetic is this
-/// library's: right to a few roundings of the result whatever the mean of the data, and with the same bits on every
-/// number of threads. Many threads may call `forward` of one module at once in evaluation; in training each
+/// library's: right to a few roundings of the result whatever the mean of the data, and with the same bits on
+/// every number of threads. Many threads may call `forward` of one module at once in evaluation; in training each
 /// needs its own, as the running statistics are written to.
 class BatchNorm1dImpl : public detail::BatchNormImplBase<BatchNorm1dImpl> {
  public:
