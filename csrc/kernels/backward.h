@@ -245,25 +245,11 @@ void backward(const BackwardArgs& args) {
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/2, team.size());
-    const Range own = share_of_channels(team, shape.c);
-    if (schedule.by_channels && has_sums) {
-      for_each_block(own, schedule.block, [&](Range block) {
-        for (i64 s = 0; s < partition.segments; ++s)
-          for_each_block(block, kTileChannels,
-                         [&](Range tile) { gradient_sums<Element>(args, partition, s, tile); });
-        finish_gradients<Element, Param>(args, partition, scratch, has_sums, block);
-        write_grad_input<Element>(args, scratch, stream, {0, units}, block);
-      });
-      return;
-    }
-    if (has_sums) {
-      share_segments(team, partition, shape.c,
-                     [&](i64 s, Range tile) { gradient_sums<Element>(args, partition, s, tile); });
-      team.barrier();
-    }
-    finish_gradients<Element, Param>(args, partition, scratch, has_sums, own);
-    team.barrier();
-    write_grad_input<Element>(args, scratch, stream, team.share(units), {0, shape.c});
+    run_phases(
+        team, schedule, partition, shape.c, units, has_sums,
+        [&](i64 segment, Range tile) { gradient_sums<Element>(args, partition, segment, tile); },
+        [&](Range channels) { finish_gradients<Element, Param>(args, partition, scratch, has_sums, channels); },
+        [&](Range some, Range channels) { write_grad_input<Element>(args, scratch, stream, some, channels); });
   });
 }
 

@@ -136,30 +136,16 @@ void forward(const ForwardArgs& args) {
   const i64 elements = partition.rows * shape.c;
   const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.output);
   const Operation op{real, in_double, scratch.plain, stream};
-  const auto normalise = [&](Range units, Range channels) {
-    for_each_element<Element>(op, shape, units, channels, args.output, args.input);
-  };
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/1, team.size());
-    const Range own = share_of_channels(team, shape.c);
-    if (schedule.by_channels && args.training) {
-      for_each_block(own, schedule.block, [&](Range block) {
-        for (i64 s = 0; s < partition.segments; ++s)
-          for_each_block(block, kTileChannels, [&](Range tile) { moments_of<Element>(args, partition, s, tile); });
-        finish_channels<Element, Param>(args, partition, scratch, block);
-        normalise({0, units}, block);
-      });
-      return;
-    }
-    if (args.training) {
-      share_segments(team, partition, shape.c,
-                     [&](i64 s, Range tile) { moments_of<Element>(args, partition, s, tile); });
-      team.barrier();
-    }
-    finish_channels<Element, Param>(args, partition, scratch, own);
-    team.barrier();
-    normalise(team.share(units), {0, shape.c});
+    run_phases(
+        team, schedule, partition, shape.c, units, args.training,
+        [&](i64 segment, Range tile) { moments_of<Element>(args, partition, segment, tile); },
+        [&](Range channels) { finish_channels<Element, Param>(args, partition, scratch, channels); },
+        [&](Range some, Range channels) {
+          for_each_element<Element>(op, shape, some, channels, args.output, args.input);
+        });
   });
 }
 

@@ -22,7 +22,7 @@ struct Schedule {
   Schedule(const Shape& shape, const Partition& partition, i64 bytes_per_element, i64 operands, int threads) {
     const i64 bytes_per_channel = partition.rows * bytes_per_element * operands;
     const i64 fitting = kOwnCache / bytes_per_channel;
-    const i64 own = ceil_div(ceil_div(shape.c, threads), kGrain) * kGrain;
+    const i64 own = round_up(ceil_div(shape.c, threads), kGrain);
     if (partition.along_lines) {
       block = max_of(fitting, 1);
       by_channels = threads == 1 || shape.c >= 2 * kGrain * threads;
@@ -58,6 +58,30 @@ void share_segments(const Team& team, const Partition& partition, i64 channels, 
     const i64 c = task % tiles * kTileChannels;
     sum(task / tiles, Range{c, min_of(c + kTileChannels, channels)});
   }
+}
+
+// The frame of both directions, run by every thread of a team: sum(segment, tile) where there is anything to sum,
+// finish(channels) from sums to coefficients, write(units, channels).
+template <typename Sum, typename Finish, typename Write>
+void run_phases(const Team& team, const Schedule& schedule, const Partition& partition, i64 channels, i64 units,
+                bool has_sums, Sum sum, Finish finish, Write write) {
+  const Range own = share_of_channels(team, channels);
+  if (schedule.by_channels && has_sums) {
+    for_each_block(own, schedule.block, [&](Range block) {
+      for (i64 s = 0; s < partition.segments; ++s)
+        for_each_block(block, kTileChannels, [&](Range tile) { sum(s, tile); });
+      finish(block);
+      write(Range{0, units}, block);
+    });
+    return;
+  }
+  if (has_sums) {
+    share_segments(team, partition, channels, sum);
+    team.barrier();
+  }
+  finish(own);
+  team.barrier();
+  write(team.share(units), Range{0, channels});
 }
 
 }  // namespace
