@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mlp_settings
 import pytest
 import torch
 
@@ -16,19 +17,7 @@ from mlp.training import BUILTIN, OURS, Arrays, Batches
 
 
 def settings(**changes: object) -> Settings:
-    values = {
-        "placement": "before",
-        "epochs": 1,
-        "batch_size": 16,
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "seed": 0,
-        "dtype": "float32",
-        "threads": 1,
-        "preprocess": "zscore",
-        "validate": "short",
-    }
-    return Settings(**{**values, **changes})
+    return mlp_settings.settings(**{"epochs": 1, **changes})
 
 
 def batch(rows: int = 16, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import train_mlp
+from mlp_settings import settings
 from rich.console import Console
 
 import torch_bn
@@ -20,7 +21,6 @@ from mlp.checkpoint import Checkpoint, CheckpointError, Interruption
 from mlp.data import Dataset, Split
 from mlp.job import Job
 from mlp.model import generator
-from mlp.options import Settings
 
 SCRIPT = Path(train_mlp.__file__)
 # Nothing listens on port 9 of this machine: the job falls back on the digits at once.
@@ -33,25 +33,12 @@ def _no_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(**changes: object) -> Job:
-    values = {
-        "placement": "before",
-        "epochs": 2,
-        "batch_size": 16,
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "seed": 0,
-        "dtype": "float32",
-        "threads": 1,
-        "preprocess": "zscore",
-        "validate": "short",
-    }
     source = generator("images")
     splits = []
     for count in (40, 20, 20):
         images = torch.randint(256, (count, 3, 3), generator=source, dtype=torch.uint8)
         splits.append(Split(images, images.flatten(1).argmax(1)))
-    settings = Settings(**{**values, **changes})
-    return Job(settings, Dataset("random", "here", *splits), torch_bn.BatchNorm1d)
+    return Job(settings(**changes), Dataset("random", "here", *splits), torch_bn.BatchNorm1d)
 
 
 class StopAfter(Interruption):

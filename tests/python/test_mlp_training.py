@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlp_settings
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,19 +14,7 @@ from mlp.training import BUILTIN, OURS, WITHOUT, Arrays, Batches, Training, eval
 
 
 def settings(**changes: object) -> Settings:
-    values = {
-        "placement": "before",
-        "epochs": 2,
-        "batch_size": 16,
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "seed": 0,
-        "dtype": "float32",
-        "threads": 1,
-        "preprocess": "zscore",
-        "validate": "off",
-    }
-    return Settings(**{**values, **changes})
+    return mlp_settings.settings(**{"validate": "off", **changes})
 
 
 def arrays(count: int = 40, size: int = 16, seed: int = 0) -> Arrays:
