@@ -1,6 +1,6 @@
 // The kernels' interface with any shape, strides, types, flags and values. Whoever reads or writes outside an
-// array is found by the sanitizer; what is required here is that the result depends on nothing but values and
-// shape: not on strides, threads or instruction set.
+// array is found by the sanitizer; what is required here is that the result depends on nothing but values, shape
+// and the order of the input's dimensions: not on strides, threads or instruction set.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bytes.h"
+#include "kernels/blocks.h"
 #include "kernels/dispatch.h"
 
 namespace torch_bn::fuzz {
@@ -61,6 +62,14 @@ struct Array {
 
 Array contiguous(const Shape& shape, DType dtype) {
   return {shape, dtype, {shape.c * shape.l, shape.l, 1}};
+}
+
+// Dense, with the dimensions in the order that decides how the sums of `input` run.
+Array dense_like(const Array& input, const Shape& shape, DType dtype) {
+  const bool channels_last =
+      shape.l >= kMinLine && shape.c > 1 && std::abs(input.strides[2]) > std::abs(input.strides[1]);
+  if (channels_last) return {shape, dtype, {shape.c * shape.l, 1, shape.c}};
+  return contiguous(shape, dtype);
 }
 
 // Dense in some order of the dimensions, then perhaps padded, reversed or broadcast.
@@ -241,7 +250,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   fill(grad_output.memory, c.dtype);
   fill(input.memory, c.dtype);
 
-  Array plain_input = contiguous(c.shape, c.dtype);
+  Array plain_input = dense_like(input, c.shape, c.dtype);
   Array plain_grad = contiguous(c.shape, c.dtype);
   for (std::int64_t n = 0; n < c.shape.n; ++n)
     for (std::int64_t k = 0; k < c.shape.c; ++k)
