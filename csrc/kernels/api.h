@@ -16,6 +16,9 @@ namespace torch_bn::kernels {
 // for float64 and for channels whose coefficients lie outside float32's range.
 enum class DType : std::uint8_t { f32, f64, bf16, f16 };
 
+// A ReLU next to the batch norm, done in the same sweeps: y = bn(x), relu(bn(x)) or bn(relu(x)).
+enum class Relu : std::uint8_t { none, after, before };
+
 // Sizes of an array whose "rows" are the N * L positions over which a channel's statistics are taken.
 struct Shape {
   std::int64_t n;
@@ -42,6 +45,7 @@ struct ForwardArgs {
   Shape shape;
   DType dtype;        // of input and output
   DType param_dtype;  // of weight, bias and the running statistics
+  Relu relu;
   bool training;
   ArrayView input;
   void* output;  // contiguous (N, C, L)
@@ -63,10 +67,12 @@ struct BackwardArgs {
   Shape shape;
   DType dtype;
   DType param_dtype;
+  Relu relu;
   bool training;
   ArrayView grad_output;
   ArrayView input;
   ChannelView weight;
+  ChannelView bias;          // read only where a ReLU comes after: its mask is computed again
   const double* mean;        // (C) from the forward
   const double* invstd;      // (C)
   void* grad_input;          // contiguous (N, C, L), dtype; may be a contiguous grad_output

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "relu.h"
 #include "schedule.h"
 #include "sums.h"
 
@@ -9,33 +10,93 @@ namespace torch_bn::kernels {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------
-// Sums over the rows (g is grad_output):
+// Sums over the rows (g is grad_output, or what a ReLU behind lets through of it; x is the input, or what a ReLU
+// before it lets through):
 //
 //   total = sum(g)        dot = sum(g * (x - mean))
 //
 // Of data narrower than double dot is sum(g * x) - mean * total. The products are exact; what cancels is no
 // more than the mean exceeds the standard deviation by, of which float32 data can hold 24 bits, double 53.
 // ---------------------------------------------------------------------------------------------------------
+template <Relu kRelu, typename Element>
 struct GradientTerm {
   static constexpr int kOperands = 2;
-  static void add(Vec /*centre*/, const Vec* x_and_g, Vec& total, Vec& dot) {
-    total += x_and_g[1];
-    dot = add_exact_product(x_and_g[0], x_and_g[1], dot);
+  static constexpr int kVectorsAtOnce = 8;
+  static auto at(i64 /*channel*/) { return nullptr; }
+  static auto along() { return nullptr; }
+  static void add(std::nullptr_t, const HalfF* x_and_g, Vec& total, Vec& dot) {
+    const Vec g = widen(x_and_g[1]);
+    total += g;
+    dot = add_exact_product(widen(before_norm<kRelu>(x_and_g[0])), g, dot);
   }
 };
 
+template <typename Element>
+struct GradientTerm<Relu::after, Element> {
+  static constexpr int kOperands = 2;
+  static constexpr int kVectorsAtOnce = 4;
+  const Coefficients& of;
+
+  auto at(i64 c) const { return pre_activation<Element, HalfF>(of, c); }
+  auto along() const { return pre_activation_along<Element, HalfF>(of, 0); }
+  static void add(const PreActivation<Element, HalfF>& relu, const HalfF* x_and_g, Vec& total, Vec& dot) {
+    const Vec g = widen(relu.passed(x_and_g[1], x_and_g[0]));
+    total += g;
+    dot = add_exact_product(widen(x_and_g[0]), g, dot);
+  }
+};
+
+// The coefficients of the forward for the channels of a tile, counted from its first one.
+struct TileCoefficients {
+  alignas(64) double wide[3][kTileChannels];
+  alignas(64) float narrow[3][kTileChannels];
+  std::uint8_t plain[kTileChannels];
+
+  Coefficients view() { return {wide[0], wide[1], wide[2], narrow[0], narrow[1], narrow[2], plain}; }
+
+  template <typename Element, typename Param>
+  void fill(const BackwardArgs& args, Range channels) {
+    const Coefficients of = view();
+    for (i64 i = 0; i < kTileChannels; ++i) {
+      const i64 c = channels.begin + i;
+      const bool exists = c < channels.end;  // vectors may reach beyond
+      wide[0][i] = exists ? args.mean[c] : 0.0;
+      wide[1][i] = exists ? read_channel<Param>(args.weight, c, 1.0) * args.invstd[c] : 0.0;
+      wide[2][i] = exists ? read_channel<Param>(args.bias, c, 0.0) : 0.0;
+      of.narrow<Element>(i);
+    }
+  }
+};
+
+// Sets what a ReLU behind does not let through to zero, in a packed tile of gradients.
+template <typename Element, typename Storage>
+void mask(const Coefficients& of, i64 rows, i64 width, const Block<Storage>& input, Block<Storage>& grad) {
+  for (i64 c = 0; c < width; ++c) {
+    const auto relu = pre_activation<Element, double>(of, c);
+    for (i64 r = 0; r < rows; ++r) {
+      const double x = Element::load(input.at[r][c]);
+      if (relu.passed(1.0, x) == 0.0) grad.at[r][c] = Storage{};
+    }
+  }
+}
+
 // Sums of float64 data, each in kLanes parts: sums of doubles need more care in double.
-inline void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channels, double* total,
-                                    double* dot) {
+template <typename Param, Relu kRelu>
+void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channels, double* total, double* dot) {
   Block<double> input;
   Block<double> grad;
   TileSums sums = {};
   alignas(64) double mean[kTileChannels] = {};
   for (i64 c = channels.begin; c < channels.end; ++c) mean[c - channels.begin] = args.mean[c];
+  [[maybe_unused]] TileCoefficients coefficients;
+  if constexpr (kRelu == Relu::after) coefficients.fill<Float64, Param>(args, channels);
   for (i64 begin = rows.begin; begin < rows.end; begin += kBlockRows) {
     const Range block{begin, min_of(begin + kBlockRows, rows.end)};
     pack<Float64>(args.input, args.shape, block, channels, input);
     pack<Float64>(args.grad_output, args.shape, block, channels, grad);
+    if constexpr (kRelu == Relu::before) rectify(input, block.size(), channels.size());
+    if constexpr (kRelu == Relu::after)
+      mask<Float64>(coefficients.view(), block.size(), channels.size(), input, grad);
     for (i64 c = 0; c < channels.size(); c += kWidth) {
       const Vec centre = load(mean + c);
       const auto g = [&](i64 r) { return load(&grad.at[r][c]); };
@@ -51,8 +112,53 @@ inline void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range 
   }
 }
 
-// Sums of one segment in at most kTileChannels channels, to its place in scratch.
+// Sums by rows behind a ReLU whose mask takes double in some of the channels. A channel's sums are those of any
+// other way by rows.
 template <typename Element>
+void masked_sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range channels,
+                         const Coefficients& of, TileSums& sums) {
+  using Tile = Block<typename Element::Storage>;
+  const auto change = [&](Tile* packed, i64 count) {
+    mask<Element>(of, count, channels.size(), packed[0], packed[1]);
+  };
+  sums_by_rows<Element>(views, shape, rows, channels, GradientTerm<Relu::none, Element>{}, change, sums);
+}
+
+// The same two sums for a ReLU behind, in the rows or the items of a segment.
+template <typename Element, typename Param>
+void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Range items, Range rows,
+                      Range channels, double* total, double* dot) {
+  const ArrayView views[] = {args.input, args.grad_output};
+  const auto sum_rows_of = [&](Range some, const Coefficients& of) {
+    TileSums sums = {};
+    if (all_plain(of.plain, {0, some.size()}))
+      sums_by_rows<Element>(views, args.shape, rows, some, GradientTerm<Relu::after, Element>{of}, nullptr, sums);
+    else
+      masked_sums_by_rows<Element>(views, args.shape, rows, some, of, sums);
+    for (i64 c = some.begin; c < some.end; ++c) {
+      total[c] = sums.first[c - some.begin];
+      dot[c] = sums.second[c - some.begin];
+    }
+  };
+  TileCoefficients coefficients;
+  const Coefficients of = coefficients.view();
+  if (!partition.along_lines) {
+    coefficients.fill<Element, Param>(args, channels);
+    sum_rows_of(channels, of);
+    return;
+  }
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    coefficients.fill<Element, Param>(args, {c, c + 1});
+    if (of.plain[0])
+      sums_by_lines<Element>(views, partition, items, c, GradientTerm<Relu::after, Element>{of}, {}, total[c],
+                             dot[c]);
+    else
+      sum_rows_of({c, c + 1}, of);
+  }
+}
+
+// Sums of one segment in at most kTileChannels channels, to its place in scratch.
+template <typename Element, typename Param, Relu kRelu>
 void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 segment, Range channels) {
   const Range items = partition.segment(segment);
   const Range rows = partition.rows_of(items);
@@ -60,15 +166,16 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
   double* dot = total + args.shape.c;
   const ArrayView views[] = {args.input, args.grad_output};
   if constexpr (Element::kIsDouble) {
-    segment_sums_of_doubles(args, rows, channels, total, dot);
+    segment_sums_of_doubles<Param, kRelu>(args, rows, channels, total, dot);
     return;
+  } else if constexpr (kRelu == Relu::after) {
+    sums_behind_relu<Element, Param>(args, partition, items, rows, channels, total, dot);
   } else if (partition.along_lines) {
     for (i64 c = channels.begin; c < channels.end; ++c)
-      sums_by_lines<Element, GradientTerm>(views, partition, items, c, 0.0, {}, total[c], dot[c]);
+      sums_by_lines<Element>(views, partition, items, c, GradientTerm<kRelu, Element>{}, {}, total[c], dot[c]);
   } else {
     TileSums sums = {};
-    alignas(64) constexpr double kNoCentre[kTileChannels] = {};
-    sums_by_rows<Element, GradientTerm>(views, args.shape, rows, channels, kNoCentre, sums);
+    sums_by_rows<Element>(views, args.shape, rows, channels, GradientTerm<kRelu, Element>{}, nullptr, sums);
     for (i64 c = channels.begin; c < channels.end; ++c) {
       total[c] = sums.first[c - channels.begin];
       dot[c] = sums.second[c - channels.begin];
@@ -86,45 +193,65 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
 //   grad_input  = g * scale                                                       in evaluation
 //
 // In float32, mean = high + low, and low * (dot * invstd^2 / n) is taken from total / n.
+// A ReLU behind takes its part of g before, a ReLU before the norm its part of grad_input afterwards.
 // ---------------------------------------------------------------------------------------------------------
-template <typename Real>
+template <Relu kRelu, typename Element, typename Real>
 struct TrainingGradient {
   const Real* mean;
   const Real* slope;
   const Real* shift;
   const Real* scale;
+  Coefficients of;
 
-  template <typename T>
-  struct Coefficients {
+  template <typename T, typename Pre>
+  struct At {
     T mean, slope, shift, scale;
-    T operator()(T g, T x) const { return (g - ((x - mean) * slope + shift)) * scale; }
+    Pre relu;
+    T operator()(T g, T x) const {
+      if constexpr (kRelu == Relu::after) g = relu.passed(g, x);
+      const T result = (g - ((before_norm<kRelu>(x) - mean) * slope + shift)) * scale;
+      if constexpr (kRelu == Relu::before) return passed(result, x);
+      return result;
+    }
   };
   template <typename T>
-  Coefficients<T> at(i64 c) const {
-    return {load_as<T>(mean + c), load_as<T>(slope + c), load_as<T>(shift + c), load_as<T>(scale + c)};
+  auto at(i64 c) const {
+    const auto relu = pre_activation_of<kRelu, Element, T>(of, c);
+    return At<T, decltype(relu)>{load_as<T>(mean + c), load_as<T>(slope + c), load_as<T>(shift + c),
+                                 load_as<T>(scale + c), relu};
   }
   template <typename V>
-  Coefficients<V> along(i64 c) const {
-    return {broadcast<V>(mean[c]), broadcast<V>(slope[c]), broadcast<V>(shift[c]), broadcast<V>(scale[c])};
+  auto along(i64 c) const {
+    const auto relu = pre_activation_of_line<kRelu, Element, V>(of, c);
+    return At<V, decltype(relu)>{broadcast<V>(mean[c]), broadcast<V>(slope[c]), broadcast<V>(shift[c]),
+                                 broadcast<V>(scale[c]), relu};
   }
 };
 
-template <typename Real>
+template <Relu kRelu, typename Element, typename Real>
 struct EvaluationGradient {
   const Real* scale;
+  Coefficients of;
 
-  template <typename T>
-  struct Coefficients {
+  template <typename T, typename Pre>
+  struct At {
     T scale;
+    Pre relu;
     T operator()(T g) const { return g * scale; }
+    T operator()(T g, T x) const {
+      if constexpr (kRelu == Relu::after) return relu.passed(g, x) * scale;
+      return passed(g * scale, x);
+    }
   };
   template <typename T>
-  Coefficients<T> at(i64 c) const {
-    return {load_as<T>(scale + c)};
+  auto at(i64 c) const {
+    const auto relu = pre_activation_of<kRelu, Element, T>(of, c);
+    return At<T, decltype(relu)>{load_as<T>(scale + c), relu};
   }
   template <typename V>
-  Coefficients<V> along(i64 c) const {
-    return {broadcast<V>(scale[c])};
+  auto along(i64 c) const {
+    const auto relu = pre_activation_of_line<kRelu, Element, V>(of, c);
+    return At<V, decltype(relu)>{broadcast<V>(scale[c]), relu};
   }
 };
 
@@ -132,24 +259,26 @@ struct EvaluationGradient {
 struct BackwardScratch {
   double* slope;
   double* shift;
-  double* scale;
-  float* high;
   float* narrow_slope;
   float* narrow_shift;
-  float* narrow_scale;
   std::uint8_t* plain;
+  Coefficients of;  // of the forward; the mean is the caller's
 
   BackwardScratch(const BackwardArgs& args, const Partition& partition) {
     const i64 channels = args.shape.c;
     Arrays arrays(args.scratch + kBackwardPartials * partition.segments * channels);
     slope = arrays.take<double>(channels);
     shift = arrays.take<double>(channels);
-    scale = arrays.take<double>(channels);
-    high = arrays.take<float>(channels);
     narrow_slope = arrays.take<float>(channels);
     narrow_shift = arrays.take<float>(channels);
-    narrow_scale = arrays.take<float>(channels);
     plain = arrays.take<std::uint8_t>(channels);
+    of.mean = const_cast<double*>(args.mean);
+    of.scale = arrays.take<double>(channels);
+    of.bias = arrays.take<double>(channels);
+    of.high = arrays.take<float>(channels);
+    of.narrow_scale = arrays.take<float>(channels);
+    of.narrow_bias = arrays.take<float>(channels);
+    of.plain = arrays.take<std::uint8_t>(channels);
   }
 };
 
@@ -165,14 +294,15 @@ inline void merge_gradient_sums(const BackwardArgs& args, const Partition& parti
 }
 
 // From the sums to the parameters' gradients and the coefficients of some channels.
-template <typename Element, typename Param>
+template <typename Element, typename Param, Relu kRelu>
 void finish_gradients(const BackwardArgs& args, const Partition& partition, const BackwardScratch& scratch,
                       bool has_sums, Range channels) {
   const double rows = static_cast<double>(partition.rows);
   const double* mean = args.mean;
   const double* invstd = args.invstd;
-  double* scale = scratch.scale;
-  read_channels<Param>(args.weight, channels, 1.0, scale);
+  const Coefficients& of = scratch.of;
+  read_channels<Param>(args.weight, channels, 1.0, of.scale);
+  read_channels<Param>(kRelu == Relu::after ? args.bias : ChannelView{}, channels, 0.0, of.bias);
   if (has_sums) {
     merge_gradient_sums(args, partition, channels);
     const double* total = args.scratch;
@@ -191,46 +321,45 @@ void finish_gradients(const BackwardArgs& args, const Partition& partition, cons
   }
 #pragma omp simd
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    scale[c] *= invstd[c];
-    const float high = static_cast<float>(mean[c]);
+    of.scale[c] *= invstd[c];
+    of.narrow<Element>(c);
     const double slope = scratch.slope[c];
-    const double shift = scratch.shift[c] - (mean[c] - static_cast<double>(high)) * slope;
-    scratch.high[c] = high;
+    const double shift = scratch.shift[c] - (mean[c] - static_cast<double>(of.high[c])) * slope;
     scratch.narrow_slope[c] = static_cast<float>(slope);
     scratch.narrow_shift[c] = static_cast<float>(shift);
-    scratch.narrow_scale[c] = static_cast<float>(scale[c]);
-    scratch.plain[c] =
-        Element::kIsDouble ||
-                (plain_factor(scale[c]) &&
-                 (!args.training || (plain_term(mean[c]) && plain_factor(slope) && plain_term(shift))))
-            ? 1
-            : 0;
+    const bool plain = plain_factor(of.scale[c]) && (kRelu != Relu::after || of.plain[c] != 0) &&
+                       (!args.training || (plain_term(mean[c]) && plain_factor(slope) && plain_term(shift)));
+    scratch.plain[c] = Element::kIsDouble || plain ? 1 : 0;
   }
 }
 
 // grad_input over some units and channels.
-template <typename Element>
+template <typename Element, Relu kRelu>
 void write_grad_input(const BackwardArgs& args, const BackwardScratch& scratch, bool stream, Range units,
                       Range channels) {
   if (args.grad_input == nullptr) return;
   constexpr bool kDouble = Element::kIsDouble;
+  const Coefficients& of = scratch.of;
   if (args.training) {
-    const TrainingGradient<double> in_double{args.mean, scratch.slope, scratch.shift, scratch.scale};
-    const TrainingGradient<float> in_float{scratch.high, scratch.narrow_slope, scratch.narrow_shift,
-                                           scratch.narrow_scale};
+    const TrainingGradient<kRelu, Element, double> in_double{of.mean, scratch.slope, scratch.shift, of.scale, of};
+    const TrainingGradient<kRelu, Element, float> in_float{of.high, scratch.narrow_slope, scratch.narrow_shift,
+                                                           of.narrow_scale, of};
     const auto& real = select<kDouble>(in_double, in_float);
     for_each_element<Element>(Operation{real, in_double, scratch.plain, stream}, args.shape, units, channels,
                               args.grad_input, args.grad_output, args.input);
   } else {
-    const EvaluationGradient<double> in_double{scratch.scale};
-    const EvaluationGradient<float> in_float{scratch.narrow_scale};
+    const EvaluationGradient<kRelu, Element, double> in_double{of.scale, of};
+    const EvaluationGradient<kRelu, Element, float> in_float{of.narrow_scale, of};
     const auto& real = select<kDouble>(in_double, in_float);
-    for_each_element<Element>(Operation{real, in_double, scratch.plain, stream}, args.shape, units, channels,
-                              args.grad_input, args.grad_output);
+    const Operation op{real, in_double, scratch.plain, stream};
+    if constexpr (kRelu == Relu::none)
+      for_each_element<Element>(op, args.shape, units, channels, args.grad_input, args.grad_output);
+    else
+      for_each_element<Element>(op, args.shape, units, channels, args.grad_input, args.grad_output, args.input);
   }
 }
 
-template <typename Element, typename Param>
+template <typename Element, typename Param, Relu kRelu>
 void backward(const BackwardArgs& args) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
@@ -247,9 +376,13 @@ void backward(const BackwardArgs& args) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/2, team.size());
     run_phases(
         team, schedule, partition, shape.c, units, has_sums,
-        [&](i64 segment, Range tile) { gradient_sums<Element>(args, partition, segment, tile); },
-        [&](Range channels) { finish_gradients<Element, Param>(args, partition, scratch, has_sums, channels); },
-        [&](Range some, Range channels) { write_grad_input<Element>(args, scratch, stream, some, channels); });
+        [&](i64 segment, Range tile) { gradient_sums<Element, Param, kRelu>(args, partition, segment, tile); },
+        [&](Range channels) {
+          finish_gradients<Element, Param, kRelu>(args, partition, scratch, has_sums, channels);
+        },
+        [&](Range some, Range channels) {
+          write_grad_input<Element, kRelu>(args, scratch, stream, some, channels);
+        });
   });
 }
 

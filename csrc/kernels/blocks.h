@@ -34,9 +34,9 @@ constexpr i64 kMinLine = 32;
 constexpr i64 kForwardPartials = 4;
 constexpr i64 kBackwardPartials = 2;
 constexpr i64 kForwardCoefficients = 5;
-constexpr i64 kBackwardCoefficients = 6;
+constexpr i64 kBackwardCoefficients = 8;
 // Room, in doubles, for each of them and the first partial sum to start at a cache line.
-constexpr i64 kAlignmentRoom = 80;  // at most nine arrays
+constexpr i64 kAlignmentRoom = 104;  // at most twelve arrays
 // Elements below which a second thread costs more than it brings.
 constexpr i64 kSerialBelow = 32768;
 

@@ -1,5 +1,6 @@
-// The element types as they are stored, and their conversions: to double for sums, to float (or double, for
-// float64) for what is done element by element. Each comes for one value and for a vector of them.
+// The element types as they are stored, and their conversions: to floats that are widened for sums, to float (or
+// double, for float64) for what is done element by element. Each comes for one value and for a vector of them.
+// kVanishes is the largest result that is stored as zero.
 //
 // The 16-bit conversions are integer arithmetic on purpose: the same source gives the same bits on a
 // processor with and without conversion instructions. A result in 16 bits is the correctly rounded form of
@@ -51,6 +52,7 @@ struct Half : Many {
 
 struct Float32 {
   static constexpr bool kIsDouble = false;
+  static constexpr float kVanishes = 0.0F;
   using Storage = float;
   using Real = float;
   using Vector = VecF;
@@ -59,11 +61,12 @@ struct Float32 {
   static VecF load_vector(const Storage* from) { return load_as<VecF>(from); }
   static void store_vector(Storage* to, VecF v) { kernels::store(to, v); }
   static void stream_vector(Storage* to, VecF v) { kernels::stream(to, v); }
-  static Vec load_doubles(const Storage* from) { return widen(load_as<HalfF>(from)); }
+  static HalfF load_half(const Storage* from) { return load_as<HalfF>(from); }
 };
 
 struct Float64 {
   static constexpr bool kIsDouble = true;
+  static constexpr double kVanishes = 0.0;
   using Storage = double;
   using Real = double;
   using Vector = Vec;
@@ -72,13 +75,13 @@ struct Float64 {
   static Vec load_vector(const Storage* from) { return kernels::load(from); }
   static void store_vector(Storage* to, Vec v) { kernels::store(to, v); }
   static void stream_vector(Storage* to, Vec v) { kernels::stream(to, v); }
-  static Vec load_doubles(const Storage* from) { return kernels::load(from); }
 };
 
 // A type of 16 bits, by its conversions to and from float.
 template <typename Bits>
 struct Reduced {
   static constexpr bool kIsDouble = false;
+  static constexpr float kVanishes = Bits::kVanishes;
   using Storage = std::uint16_t;
   using Real = float;
   using Vector = VecF;
@@ -89,12 +92,13 @@ struct Reduced {
   }
   static void store_vector(Storage* to, VecF v) { kernels::store(to, Bits::template from_float<Full>(v)); }
   static void stream_vector(Storage* to, VecF v) { kernels::stream(to, Bits::template from_float<Full>(v)); }
-  static Vec load_doubles(const Storage* from) {
-    return widen(Bits::template to_float<Half>(load_as<typename Half::H>(from)));
+  static HalfF load_half(const Storage* from) {
+    return Bits::template to_float<Half>(load_as<typename Half::H>(from));
   }
 };
 
 struct BFloat16Bits {
+  static constexpr float kVanishes = 0x1p-134F;
   template <typename K>
   static typename K::F to_float(typename K::H x) {
     return bits_as<typename K::F>(K::template convert<typename K::U>(x) << 16);
@@ -109,6 +113,7 @@ struct BFloat16Bits {
 };
 
 struct Float16Bits {
+  static constexpr float kVanishes = 0x1p-25F;
   template <typename K>
   static typename K::F to_float(typename K::H h) {
     const auto bits = K::template convert<typename K::U>(h);

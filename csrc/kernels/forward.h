@@ -41,53 +41,52 @@ void update_running(const ChannelView& running, double momentum, Range channels,
 // In float32 the mean is carried in two parts, mean = high + low, and the low one goes into the bias:
 //
 //   y = (x - high) * scale + (bias - low * scale)
+//
+// With a ReLU: relu(y), or relu(x) for x.
 // ---------------------------------------------------------------------------------------------------------
-template <typename Real>
+template <Relu kRelu, typename Real>
 struct Normalise {
   const Real* mean;
   const Real* scale;
   const Real* bias;
 
   template <typename T>
-  struct Coefficients {
+  struct At {
     T mean, scale, bias;
-    T operator()(T x) const { return (x - mean) * scale + bias; }
+    T operator()(T x) const {
+      const T y = (before_norm<kRelu>(x) - mean) * scale + bias;
+      if constexpr (kRelu == Relu::after) return rectified(y);
+      return y;
+    }
   };
   template <typename T>
-  Coefficients<T> at(i64 c) const {
+  At<T> at(i64 c) const {
     return {load_as<T>(mean + c), load_as<T>(scale + c), load_as<T>(bias + c)};
   }
   template <typename V>
-  Coefficients<V> along(i64 c) const {
+  At<V> along(i64 c) const {
     return {broadcast<V>(mean[c]), broadcast<V>(scale[c]), broadcast<V>(bias[c])};
   }
 };
 
-// Scratch: the segments' moments, then coefficients over the channels in double and in float.
-struct ForwardScratch {
-  double* scale;
-  double* bias;
-  float* high;
-  float* narrow_scale;
-  float* narrow_bias;
-  std::uint8_t* plain;
-
-  ForwardScratch(const ForwardArgs& args, const Partition& partition) {
-    const i64 channels = args.shape.c;
-    Arrays arrays(args.scratch + kForwardPartials * partition.segments * channels);
-    scale = arrays.take<double>(channels);
-    bias = arrays.take<double>(channels);
-    high = arrays.take<float>(channels);
-    narrow_scale = arrays.take<float>(channels);
-    narrow_bias = arrays.take<float>(channels);
-    plain = arrays.take<std::uint8_t>(channels);
-  }
-};
+// Scratch: the segments' moments, then the coefficients over the channels; the mean is the caller's.
+inline Coefficients forward_coefficients(const ForwardArgs& args, const Partition& partition) {
+  const i64 channels = args.shape.c;
+  Arrays arrays(args.scratch + kForwardPartials * partition.segments * channels);
+  Coefficients of;
+  of.mean = args.mean;
+  of.scale = arrays.take<double>(channels);
+  of.bias = arrays.take<double>(channels);
+  of.high = arrays.take<float>(channels);
+  of.narrow_scale = arrays.take<float>(channels);
+  of.narrow_bias = arrays.take<float>(channels);
+  of.plain = arrays.take<std::uint8_t>(channels);
+  return of;
+}
 
 // From the batch's moments, or the running statistics, to the coefficients of some channels.
 template <typename Element, typename Param>
-void finish_channels(const ForwardArgs& args, const Partition& partition, const ForwardScratch& scratch,
-                     Range channels) {
+void finish_channels(const ForwardArgs& args, const Partition& partition, const Coefficients& of, Range channels) {
   double* mean = args.mean;
   double* invstd = args.invstd;
   if (args.training) {
@@ -107,42 +106,34 @@ void finish_channels(const ForwardArgs& args, const Partition& partition, const 
 #pragma omp simd
     for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
   }
-  read_channels<Param>(args.weight, channels, 1.0, scratch.scale);
-  read_channels<Param>(args.bias, channels, 0.0, scratch.bias);
-  double* scale = scratch.scale;
-  const double* bias = scratch.bias;
+  read_channels<Param>(args.weight, channels, 1.0, of.scale);
+  read_channels<Param>(args.bias, channels, 0.0, of.bias);
 #pragma omp simd
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    scale[c] *= invstd[c];
-    const float high = static_cast<float>(mean[c]);
-    const double rest = bias[c] - (mean[c] - static_cast<double>(high)) * scale[c];
-    scratch.high[c] = high;
-    scratch.narrow_scale[c] = static_cast<float>(scale[c]);
-    scratch.narrow_bias[c] = static_cast<float>(rest);
-    scratch.plain[c] =
-        Element::kIsDouble || (plain_factor(scale[c]) && plain_term(mean[c]) && plain_term(rest)) ? 1 : 0;
+    of.scale[c] *= invstd[c];
+    of.narrow<Element>(c);
   }
 }
 
-template <typename Element, typename Param>
+template <typename Element, typename Param, Relu kRelu>
 void forward(const ForwardArgs& args) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
-  const ForwardScratch scratch(args, partition);
-  const Normalise<double> in_double{args.mean, scratch.scale, scratch.bias};
-  const Normalise<float> in_float{scratch.high, scratch.narrow_scale, scratch.narrow_bias};
+  const Coefficients of = forward_coefficients(args, partition);
+  const Normalise<kRelu, double> in_double{of.mean, of.scale, of.bias};
+  const Normalise<kRelu, float> in_float{of.high, of.narrow_scale, of.narrow_bias};
   const auto& real = select<Element::kIsDouble>(in_double, in_float);
   constexpr i64 kSize = sizeof(typename Element::Storage);
   const i64 elements = partition.rows * shape.c;
   const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.output);
-  const Operation op{real, in_double, scratch.plain, stream};
+  const Operation op{real, in_double, of.plain, stream};
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/1, team.size());
     run_phases(
         team, schedule, partition, shape.c, units, args.training,
-        [&](i64 segment, Range tile) { moments_of<Element>(args, partition, segment, tile); },
-        [&](Range channels) { finish_channels<Element, Param>(args, partition, scratch, channels); },
+        [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, segment, tile); },
+        [&](Range channels) { finish_channels<Element, Param>(args, partition, of, channels); },
         [&](Range some, Range channels) {
           for_each_element<Element>(op, shape, some, channels, args.output, args.input);
         });

@@ -11,43 +11,53 @@
 namespace torch_bn::kernels {
 namespace {
 
+struct Forward {
+  template <typename Element, typename Param, Relu kRelu>
+  static void run(const ForwardArgs& args) {
+    forward<Element, Param, kRelu>(args);
+  }
+};
+
+struct Backward {
+  template <typename Element, typename Param, Relu kRelu>
+  static void run(const BackwardArgs& args) {
+    backward<Element, Param, kRelu>(args);
+  }
+};
+
+template <typename Call, typename Element, typename Param, typename Args>
+void with_relu(const Args& args) {
+  switch (args.relu) {
+    case Relu::none:
+      return Call::template run<Element, Param, Relu::none>(args);
+    case Relu::after:
+      return Call::template run<Element, Param, Relu::after>(args);
+    case Relu::before:
+      return Call::template run<Element, Param, Relu::before>(args);
+  }
+}
+
 // 16-bit inputs come with parameters of their own type or in float32; the others with their own.
-template <template <typename, typename> class Call, typename Args>
+template <typename Call, typename Args>
 void dispatch(const Args& args) {
   const bool mixed = args.param_dtype != args.dtype;
   switch (args.dtype) {
     case DType::f32:
-      return Call<Float32, Float32>::run(args);
+      return with_relu<Call, Float32, Float32>(args);
     case DType::f64:
-      return Call<Float64, Float64>::run(args);
+      return with_relu<Call, Float64, Float64>(args);
     case DType::bf16:
-      return mixed ? Call<BFloat16, Float32>::run(args) : Call<BFloat16, BFloat16>::run(args);
+      return mixed ? with_relu<Call, BFloat16, Float32>(args) : with_relu<Call, BFloat16, BFloat16>(args);
     case DType::f16:
-      return mixed ? Call<Float16, Float32>::run(args) : Call<Float16, Float16>::run(args);
+      return mixed ? with_relu<Call, Float16, Float32>(args) : with_relu<Call, Float16, Float16>(args);
   }
-}
-
-template <typename Element, typename Param>
-struct Forward {
-  static void run(const ForwardArgs& args) { forward<Element, Param>(args); }
-};
-
-template <typename Element, typename Param>
-struct Backward {
-  static void run(const BackwardArgs& args) { backward<Element, Param>(args); }
-};
-
-void run_forward(const ForwardArgs& args) {
-  dispatch<Forward>(args);
-}
-void run_backward(const BackwardArgs& args) {
-  dispatch<Backward>(args);
 }
 
 }  // namespace
 
 namespace TORCH_BN_ISA {
-const KernelTable table = {TORCH_BN_NAME(TORCH_BN_ISA), run_forward, run_backward};
+const KernelTable table = {TORCH_BN_NAME(TORCH_BN_ISA), dispatch<Forward, ForwardArgs>,
+                           dispatch<Backward, BackwardArgs>};
 }  // namespace TORCH_BN_ISA
 
 }  // namespace torch_bn::kernels

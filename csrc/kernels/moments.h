@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exact_sum.h"
+#include "relu.h"
 #include "sums.h"
 
 namespace torch_bn::kernels {
@@ -41,7 +42,8 @@ struct Partial {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Moments of a segment of k rows of data narrower than double, in one sweep (x_0 is the first row):
+// Moments of a segment of k rows of data narrower than double, in one sweep (x_0 is the first row; where a ReLU
+// comes before, x is what it lets through):
 //
 //   s = sum(x - x_0)     q = sum((x - x_0)^2)     mean = x_0 + s / k     M2 = q - s^2 / k
 //
@@ -49,10 +51,16 @@ struct Partial {
 // log2(k + 1) bits, because x_0 is one of the data: M2 >= (x_0 - mean)^2, and q = M2 + k (x_0 - mean)^2. The
 // shift makes a constant channel's moments exact.
 // ---------------------------------------------------------------------------------------------------------
+template <Relu kRelu>
 struct MomentTerm {
   static constexpr int kOperands = 1;
-  static void add(Vec x_0, const Vec* x, Vec& s, Vec& q) {
-    const Vec d = x[0] - x_0;
+  static constexpr int kVectorsAtOnce = 8;  // their sums fill the registers
+  const double* x_0;
+
+  Vec at(i64 c) const { return load(x_0 + c); }
+  Vec along() const { return broadcast<Vec>(*x_0); }
+  static void add(Vec x_0, const HalfF* x, Vec& s, Vec& q) {
+    const Vec d = widen(before_norm<kRelu>(x[0])) - x_0;
     s += d;
     q += d * d;
   }
@@ -65,36 +73,36 @@ inline void set_moments(const Partial& partial, i64 c, double rows, double x_0, 
   partial.m2[c] = m2 < 0.0 ? 0.0 : m2;
 }
 
-template <typename Element>
+template <typename Element, Relu kRelu>
 void moments_by_lines(const ArrayView& input, const Partition& partition, Range items, double count,
                       Range channels, const Partial& partial) {
   for (i64 c = channels.begin; c < channels.end; ++c) {
     const auto first_value =
         *element_at<Element>(input, items.begin / partition.pieces, c, items.begin % partition.pieces * kPiece);
-    const double x_0 = Element::load(first_value);
+    const double x_0 = before_norm<kRelu>(Element::load(first_value));
     double s;
     double q;
-    sums_by_lines<Element, MomentTerm>(&input, partition, items, c, x_0, first_value, s, q);
+    sums_by_lines<Element>(&input, partition, items, c, MomentTerm<kRelu>{&x_0}, first_value, s, q);
     set_moments(partial, c, count, x_0, s, q);
   }
 }
 
-template <typename Element>
+template <typename Element, Relu kRelu>
 void segment_moments(const ArrayView& input, const Shape& shape, const Partition& partition, i64 segment,
                      Range channels, const Partial& partial) {
   const Range items = partition.segment(segment);
   const Range rows = partition.rows_of(items);
   const double count = static_cast<double>(rows.size());
   if (partition.along_lines) {
-    moments_by_lines<Element>(input, partition, items, count, channels, partial);
+    moments_by_lines<Element, kRelu>(input, partition, items, count, channels, partial);
     return;
   }
   TileSums sums = {};
   alignas(64) double x_0[kTileChannels] = {};
   for (i64 c = channels.begin; c < channels.end; ++c)
-    x_0[c - channels.begin] =
-        Element::load(*element_at<Element>(input, rows.begin / shape.l, c, rows.begin % shape.l));
-  sums_by_rows<Element, MomentTerm>(&input, shape, rows, channels, x_0, sums);
+    x_0[c - channels.begin] = before_norm<kRelu>(
+        Element::load(*element_at<Element>(input, rows.begin / shape.l, c, rows.begin % shape.l)));
+  sums_by_rows<Element>(&input, shape, rows, channels, MomentTerm<kRelu>{x_0}, nullptr, sums);
   for (i64 c = 0; c < channels.size(); ++c)
     set_moments(partial, channels.begin + c, count, x_0[c], sums.first[c], sums.second[c]);
 }
@@ -138,13 +146,15 @@ inline void merge_block(const Block<double>& tile, i64 count, i64 before, i64 wi
   }
 }
 
-inline void segment_moments_of_doubles(const ArrayView& input, const Shape& shape, Range rows, Range channels,
-                                       const Partial& partial) {
+template <Relu kRelu>
+void segment_moments_of_doubles(const ArrayView& input, const Shape& shape, Range rows, Range channels,
+                                const Partial& partial) {
   Block<double> tile;
   TileMoments moments = {};
   for (i64 begin = rows.begin; begin < rows.end; begin += kBlockRows) {
     const Range block{begin, min_of(begin + kBlockRows, rows.end)};
     pack<Float64>(input, shape, block, channels, tile);
+    if constexpr (kRelu == Relu::before) rectify(tile, block.size(), channels.size());
     merge_block(tile, block.size(), begin - rows.begin, channels.size(), moments);
   }
   for (i64 c = channels.begin; c < channels.end; ++c) {
@@ -157,14 +167,14 @@ inline void segment_moments_of_doubles(const ArrayView& input, const Shape& shap
 }
 
 // One segment in at most kTileChannels channels.
-template <typename Element>
+template <typename Element, Relu kRelu>
 void moments_of(const ForwardArgs& args, const Partition& partition, i64 segment, Range channels) {
   const Partial partial(args.scratch, segment, args.shape.c);
   if constexpr (Element::kIsDouble)
-    segment_moments_of_doubles(args.input, args.shape, partition.rows_of(partition.segment(segment)), channels,
-                               partial);
+    segment_moments_of_doubles<kRelu>(args.input, args.shape, partition.rows_of(partition.segment(segment)),
+                                      channels, partial);
   else
-    segment_moments<Element>(args.input, args.shape, partition, segment, channels, partial);
+    segment_moments<Element, kRelu>(args.input, args.shape, partition, segment, channels, partial);
 }
 
 // Leaves the moments of the whole batch in the first segment's place.

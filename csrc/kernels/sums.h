@@ -1,9 +1,13 @@
-// Two sums per channel over a segment of rows, in double, in one sweep; the frame of both directions. What is
-// summed is a Term.
+// Two sums per channel over a segment of rows, in double, in one sweep; the frame of both directions, for data
+// narrower than double. What is summed is a Term, which may know something of each channel: its `at(c)` holds that
+// for a vector of channels (of a tile, counted from its first), its `along()` for lines of one channel.
 //
 // Every channel's values are added one after the other along the rows; along lines value i of a piece goes to
 // lane i mod kLineLanes, and the lanes are added in a fixed tree at the end.
 #pragma once
+
+#include <cstddef>
+#include <type_traits>
 
 #include "tile.h"
 
@@ -12,8 +16,6 @@ namespace {
 
 constexpr int kLineLanes = 32;
 constexpr int kLineVectors = kLineLanes / kWidth;
-// Vectors of channels at a time; their sums fill the registers.
-constexpr int kVectorsAtOnce = 8;
 // Rows to fetch ahead: a tile's rows lie too far apart for the processor to foresee the next.
 constexpr i64 kFetchAhead = 16;
 
@@ -43,12 +45,12 @@ struct Padded {
 
 // Adds `rows` rows of kVectors vectors of channels, or of `some` channels fewer than a vector.
 template <typename Element, typename Term, int kVectors, bool kSome, typename Operands>
-void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const double* centre, TileSums& sums) {
-  Vec middle[kVectors];
+void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const Term& term, TileSums& sums) {
+  decltype(term.at(0)) at[kVectors];
   Vec first[kVectors];
   Vec second[kVectors];
   for (int k = 0; k < kVectors; ++k) {
-    middle[k] = load(centre + channel + k * kWidth);
+    at[k] = term.at(channel + k * kWidth);
     first[k] = load(sums.first + channel + k * kWidth);
     second[k] = load(sums.second + channel + k * kWidth);
   }
@@ -59,14 +61,14 @@ void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const d
       fetch(from[o] + kFetchAhead * operands[o].stride, kVectors * kWidth);
     }
     for (int k = 0; k < kVectors; ++k) {
-      Vec value[Term::kOperands];
+      HalfF value[Term::kOperands];
       for (int o = 0; o < Term::kOperands; ++o) {
         if constexpr (kSome)
-          value[o] = Element::load_doubles(Padded<kWidth, typename Element::Storage>(from[o], some).values);
+          value[o] = Element::load_half(Padded<kWidth, typename Element::Storage>(from[o], some).values);
         else
-          value[o] = Element::load_doubles(from[o] + k * kWidth);
+          value[o] = Element::load_half(from[o] + k * kWidth);
       }
-      Term::add(middle[k], value, first[k], second[k]);
+      Term::add(at[k], value, first[k], second[k]);
     }
   }
   for (int k = 0; k < kVectors; ++k) {
@@ -77,49 +79,53 @@ void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const d
 
 // Adds `rows` rows of `width` channels: as many vectors at a time as the registers hold, then half of them, ...
 template <typename Element, typename Term, int kVectors, typename Operands>
-void add_tile(const Operands& operands, i64 c, i64 width, i64 rows, const double* centre, TileSums& sums) {
+void add_tile(const Operands& operands, i64 c, i64 width, i64 rows, const Term& term, TileSums& sums) {
   constexpr i64 kChannels = kVectors * kWidth;
   for (; c + kChannels <= width; c += kChannels)
-    add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, centre, sums);
+    add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, term, sums);
   if constexpr (kVectors > 1)
-    add_tile<Element, Term, kVectors / 2>(operands, c, width, rows, centre, sums);
+    add_tile<Element, Term, kVectors / 2>(operands, c, width, rows, term, sums);
   else if (c < width)
-    add_rows<Element, Term, 1, true>(operands, c, width - c, rows, centre, sums);
+    add_rows<Element, Term, 1, true>(operands, c, width - c, rows, term, sums);
 }
 
-template <typename Element, typename Term>
-void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range channels, const double* centre,
-                  TileSums& sums) {
+// Rows that do not lie side by side are packed, and with `change` (not null) all of them are, to be changed by
+// change(packed, rows) before they are summed.
+template <typename Element, typename Term, typename Change>
+void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range channels, const Term& term,
+                  const Change& change, TileSums& sums) {
   using Storage = typename Element::Storage;
+  constexpr bool kChange = !std::is_same_v<Change, std::nullptr_t>;
   Block<Storage> packed[Term::kOperands];
-  bool plain = true;
+  bool plain = !kChange;
   for (int o = 0; o < Term::kOperands; ++o) plain &= has_plain_rows(views[o], shape);
   const i64 step = plain ? rows.size() : kBlockRows;
   for (i64 begin = rows.begin; begin < rows.end; begin += step) {
     const Range block{begin, min_of(begin + step, rows.end)};
     Rows<Storage> operands[Term::kOperands];
     for (int o = 0; o < Term::kOperands; ++o) {
-      if (has_plain_rows(views[o], shape)) {
+      if (!kChange && has_plain_rows(views[o], shape)) {
         operands[o] = plain_rows<Element>(views[o], shape, block.begin, channels.begin);
       } else {
         pack<Element>(views[o], shape, block, channels, packed[o]);
         operands[o] = {packed[o].at[0], kTileChannels};
       }
     }
-    add_tile<Element, Term, kVectorsAtOnce>(operands, 0, channels.size(), block.size(), centre, sums);
+    if constexpr (kChange) change(packed, block.size());
+    add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(), term, sums);
   }
 }
 
 // Adds a piece of a line. Lanes beyond its end get what leaves both sums as they are.
 template <typename Element, typename Term>
-void add_line(const typename Element::Storage* const* from, i64 length, Vec middle,
+void add_line(const typename Element::Storage* const* from, i64 length, const auto& along,
               typename Element::Storage neutral, Vec* first, Vec* second) {
   using Storage = typename Element::Storage;
   const auto add = [&](const Storage* const* at, i64 i) {
     for (int k = 0; k < kLineVectors; ++k) {
-      Vec value[Term::kOperands];
-      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_doubles(at[o] + i + k * kWidth);
-      Term::add(middle, value, first[k], second[k]);
+      HalfF value[Term::kOperands];
+      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_half(at[o] + i + k * kWidth);
+      Term::add(along, value, first[k], second[k]);
     }
   };
   i64 i = 0;
@@ -145,13 +151,13 @@ inline double sum_of_lanes(const Vec* lanes) {
 
 // `neutral` is a value of the first operand whose term, with zero in the other operands, is zero.
 template <typename Element, typename Term>
-void sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel, double centre,
+void sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel, const Term& term,
                    typename Element::Storage neutral, double& first_sum, double& second_sum) {
   using Storage = typename Element::Storage;
   alignas(64) Storage packed[Term::kOperands][kPiece];
   Vec first[kLineVectors] = {};
   Vec second[kLineVectors] = {};
-  const Vec middle = centre - Vec{};
+  const auto along = term.along();
   for (i64 item = items.begin; item < items.end; ++item) {
     const i64 n = item / partition.pieces;
     const i64 begin = item % partition.pieces * kPiece;
@@ -167,7 +173,7 @@ void sums_by_lines(const ArrayView* views, const Partition& partition, Range ite
         from[o] = packed[o];
       }
     }
-    add_line<Element, Term>(from, length, middle, neutral, first, second);
+    add_line<Element, Term>(from, length, along, neutral, first, second);
   }
   first_sum = sum_of_lanes(first);
   second_sum = sum_of_lanes(second);

@@ -60,8 +60,11 @@ std::vector<Float16Bits> uniform(std::size_t count, double /*mean*/, double /*st
 template <typename T>
 void print(const char* name, const KernelTable& table) {
   for (const Shape& shape : kShapes)
-    for (const bool training : {true, false}) {
+    for (const int mode : {0, 1, 2, 3, 4, 5}) {
+      const bool training = mode % 2 == 0;
+      static constexpr const char* kRelu[] = {"", " relu after", " relu before"};
       Problem<T> problem(shape, 3.0, 2.0, uniform<T>);
+      problem.relu = static_cast<Relu>(mode / 2);
       const auto results = problem.run(table, 2, Layout::contiguous, training);
       Hash hash;
       hash.add(results.output);
@@ -72,9 +75,9 @@ void print(const char* name, const KernelTable& table) {
       hash.add(results.running_var);
       hash.add(results.mean);
       hash.add(results.invstd);
-      std::printf("%s %lldx%lldx%lld %s %016llx\n", name, static_cast<long long>(shape.n),
+      std::printf("%s %lldx%lldx%lld %s%s %016llx\n", name, static_cast<long long>(shape.n),
                   static_cast<long long>(shape.c), static_cast<long long>(shape.l), training ? "train" : "eval",
-                  hash.value());
+                  kRelu[mode / 2], hash.value());
     }
 }
 

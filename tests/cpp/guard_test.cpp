@@ -108,11 +108,17 @@ class Guards : public ::testing::TestWithParam<std::string> {
   // The results are those of unguarded arrays, which `kernels_test` looks at.
   template <typename T, typename Draw>
   void expect_inside(Draw draw) {
+    for (const Relu relu : {Relu::none, Relu::after, Relu::before}) expect_inside<T>(draw, relu);
+  }
+
+  template <typename T, typename Draw>
+  void expect_inside(Draw draw, Relu relu) {
     for (const Shape& shape : kShapes)
       for (const Layout layout :
            {Layout::contiguous, Layout::channels_last, Layout::transposed, Layout::padded_rows})
         for (const bool training : {true, false}) {
           Problem<T> problem(shape, 1.0, 2.0, draw);
+          problem.relu = relu;
           // Two threads wait for one another long on a machine that is busy, so only where they matter.
           const int threads = layout == Layout::contiguous && training ? 2 : 1;
           const auto want = problem.run(table(), 1, layout, training);

@@ -101,6 +101,7 @@ struct Problem {
   std::vector<T> x, g, weight, bias;
   double eps = 1e-5;
   double momentum = 0.25;
+  Relu relu = Relu::none;
   std::int64_t stream_from = std::int64_t{1} << 40;
 
   // Random data from four seeds; `draw(count, mean, std, seed)` returns the values.
@@ -133,6 +134,7 @@ struct Problem {
     ForwardArgs forward{};
     forward.shape = shape;
     forward.dtype = forward.param_dtype = dtype_of<T>;
+    forward.relu = relu;
     forward.training = training;
     forward.input = input.view;
     forward.output = r.output.data();
@@ -153,10 +155,12 @@ struct Problem {
     BackwardArgs backward{};
     backward.shape = shape;
     backward.dtype = backward.param_dtype = dtype_of<T>;
+    backward.relu = relu;
     backward.training = training;
     backward.grad_output = grad_output.view;
     backward.input = input.view;
     backward.weight = {weight.data(), 1};
+    backward.bias = {bias.data(), 1};
     backward.mean = r.mean.data();
     backward.invstd = r.invstd.data();
     backward.grad_input = r.grad_input.data();

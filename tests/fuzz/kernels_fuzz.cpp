@@ -94,6 +94,7 @@ struct Case {
   Shape shape;
   DType dtype;
   DType param_dtype;
+  Relu relu;
   bool training;
   double momentum;
   double eps;
@@ -127,6 +128,7 @@ Result run(const Case& c, Array& input, Array& grad_output, const KernelTable& t
   forward.shape = c.shape;
   forward.dtype = c.dtype;
   forward.param_dtype = c.param_dtype;
+  forward.relu = c.relu;
   forward.training = c.training;
   forward.input = input.view();
   forward.output = r.output.data();
@@ -147,10 +149,12 @@ Result run(const Case& c, Array& input, Array& grad_output, const KernelTable& t
   backward.shape = c.shape;
   backward.dtype = c.dtype;
   backward.param_dtype = c.param_dtype;
+  backward.relu = c.relu;
   backward.training = c.training;
   backward.grad_output = grad_output.view();
   backward.input = input.view();
   backward.weight = view(c.has_weight, c.weight);
+  backward.bias = view(c.has_bias, c.bias);
   backward.mean = r.mean.data();
   backward.invstd = r.invstd.data();
   backward.grad_input = c.wants[0] ? r.grad_input.data() : nullptr;
@@ -223,7 +227,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   c.dtype = static_cast<DType>(bytes.number(0, 3));
   const bool has_16_bits = c.dtype == DType::bf16 || c.dtype == DType::f16;
   c.param_dtype = has_16_bits && bytes.flag() ? DType::f32 : c.dtype;
-  c.training = bytes.flag() && c.shape.n * c.shape.l > 1;  // one value has no variance
+  const std::uint8_t mode = bytes.next();
+  c.relu = static_cast<Relu>((mode >> 1) % 3);
+  c.training = (mode & 1) != 0 && c.shape.n * c.shape.l > 1;  // one value has no variance
   c.momentum = static_cast<double>(bytes.next()) / 128;
   c.eps = c.training || bytes.flag() ? static_cast<double>(1 + bytes.next()) * 1e-5 : 0.0;
   c.has_weight = bytes.flag();

@@ -1,0 +1,133 @@
+// The ReLU beside a batch norm. It is torch's: NaN and zeros of both signs pass the forward unchanged; the
+// gradient passes where the result is neither zero nor negative.
+#pragma once
+
+#include <type_traits>
+
+#include "channels.h"
+#include "tile.h"
+
+namespace torch_bn::kernels {
+namespace {
+
+template <typename T>
+inline T rectified(T x) {
+  return x < T{} ? T{} : x;
+}
+
+inline void rectify(Block<double>& tile, i64 rows, i64 width) {
+  for (i64 r = 0; r < rows; ++r)
+    for (i64 c = 0; c < width; c += kWidth) store(&tile.at[r][c], rectified(load(&tile.at[r][c])));
+}
+
+// What is normalised.
+template <Relu kRelu, typename T>
+inline T before_norm(T x) {
+  if constexpr (kRelu == Relu::before) x = rectified(x);
+  return x;
+}
+
+// The gradient that comes through a ReLU which was given x, as stored.
+template <typename T>
+inline T passed(T g, T x) {
+  return x <= T{} ? T{} : g;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// What normalises a channel (see forward.h), in double and in the form for float32:
+//
+//   y = (x - mean) * scale + bias      y = (x - high) * narrow_scale + narrow_bias
+//
+// The backward of a ReLU that comes after computes y again by the instructions of the forward, so that it finds
+// the same sign for every element.
+// ---------------------------------------------------------------------------------------------------------
+struct Coefficients {
+  double* mean;
+  double* scale;
+  double* bias;
+  float* high;
+  float* narrow_scale;
+  float* narrow_bias;
+  std::uint8_t* plain;  // whether the forward took the form for float32
+
+  // The rest from mean, scale and bias.
+  template <typename Element>
+  void narrow(i64 c) const {
+    const float above = static_cast<float>(mean[c]);
+    const double rest = bias[c] - (mean[c] - static_cast<double>(above)) * scale[c];
+    high[c] = above;
+    narrow_scale[c] = static_cast<float>(scale[c]);
+    narrow_bias[c] = static_cast<float>(rest);
+    plain[c] = Element::kIsDouble || (plain_factor(scale[c]) && plain_term(mean[c]) && plain_term(rest)) ? 1 : 0;
+  }
+};
+
+// The operand of the ReLU in one channel, or in a vector of them, in the precision of T.
+template <typename Element, typename T>
+struct PreActivation {
+  T mean, scale, bias;
+
+  // The gradient that comes through the ReLU behind the normalised x. A result so small that the element's type
+  // holds it as zero counts as zero.
+  T passed(T g, T x) const {
+    const T y = (x - mean) * scale + bias;
+    return y <= broadcast<T>(Element::kVanishes) ? T{} : g;
+  }
+};
+
+// The same for one element in double, whatever the forward did.
+template <typename Element>
+struct AnyPreActivation {
+  PreActivation<Element, double> wide;
+  PreActivation<Element, float> narrow;
+  bool plain;
+
+  double passed(double g, double x) const {
+    if (plain) return narrow.passed(1.0F, static_cast<float>(x)) == 0.0F ? 0.0 : g;
+    const double y = (x - wide.mean) * wide.scale + wide.bias;
+    return static_cast<float>(y) <= Element::kVanishes ? 0.0 : g;
+  }
+};
+
+template <typename Element, typename T>
+auto pre_activation(const Coefficients& of, i64 c) {
+  if constexpr (Element::kIsDouble) {
+    return PreActivation<Element, T>{load_as<T>(of.mean + c), load_as<T>(of.scale + c), load_as<T>(of.bias + c)};
+  } else if constexpr (std::is_same_v<T, double>) {
+    return AnyPreActivation<Element>{{of.mean[c], of.scale[c], of.bias[c]},
+                                     {of.high[c], of.narrow_scale[c], of.narrow_bias[c]},
+                                     of.plain[c] != 0};
+  } else {
+    return PreActivation<Element, T>{load_as<T>(of.high + c), load_as<T>(of.narrow_scale + c),
+                                     load_as<T>(of.narrow_bias + c)};
+  }
+}
+
+template <typename Element, typename V>
+auto pre_activation_along(const Coefficients& of, i64 c) {
+  if constexpr (Element::kIsDouble)
+    return PreActivation<Element, V>{broadcast<V>(of.mean[c]), broadcast<V>(of.scale[c]),
+                                     broadcast<V>(of.bias[c])};
+  else
+    return PreActivation<Element, V>{broadcast<V>(of.high[c]), broadcast<V>(of.narrow_scale[c]),
+                                     broadcast<V>(of.narrow_bias[c])};
+}
+
+// Only where a ReLU comes after.
+template <Relu kRelu, typename Element, typename T>
+auto pre_activation_of(const Coefficients& of, i64 c) {
+  if constexpr (kRelu == Relu::after)
+    return pre_activation<Element, T>(of, c);
+  else
+    return nullptr;
+}
+template <Relu kRelu, typename Element, typename V>
+auto pre_activation_of_line(const Coefficients& of, i64 c) {
+  if constexpr (kRelu == Relu::after)
+    return pre_activation_along<Element, V>(of, c);
+  else
+    return nullptr;
+}
+
+}  // namespace
+}  // namespace torch_bn::kernels
