@@ -11,5 +11,6 @@ def layer_forward(
     track_running_stats: bool,
     momentum: float | None,
     eps: float,
+    relu: int,
     /,
 ) -> Any: ...

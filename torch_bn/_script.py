@@ -17,24 +17,52 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    relu: int,
 ) -> Tensor:
-    """The public operator on CPU, torch's own batch norm elsewhere."""
+    """The public operators on CPU, torch's own batch norm elsewhere. For ``relu`` see _serve."""
     if not input.is_cpu or input.dim() < 2 or input.dim() > 3:
         factor = 0.0 if momentum is None else momentum
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
             if momentum is None:
                 factor = 1.0 / float(num_batches_tracked)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    result: Tensor = torch.ops.torch_bn.batch_norm(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-    )
+        x = torch.relu(input) if relu == 2 else input
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
+        return torch.relu(y) if relu == 1 else y
+    if relu == 1:
+        result: Tensor = torch.ops.torch_bn.batch_norm_relu(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+    elif relu == 2:
+        result = torch.ops.torch_bn.relu_batch_norm(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+    else:
+        result = torch.ops.torch_bn.batch_norm(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
     return result

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn import Parameter
@@ -21,14 +22,20 @@ from torch.overrides import _get_overloaded_args, has_torch_function_variadic
 from torch_bn import _library as _library  # its loading registers the operators
 
 _layer_forward: Callable[..., Any] = _library._C.layer_forward
-_operator: Callable[..., Tensor] = torch.ops.torch_bn.batch_norm.default
+# In the order of csrc/ops/ops.h: no ReLU, one after the norm, one before it.
+NO_RELU, RELU_AFTER, RELU_BEFORE = range(3)
+OPERATORS: tuple[OpOverload, ...] = (
+    torch.ops.torch_bn.batch_norm.default,
+    torch.ops.torch_bn.batch_norm_relu.default,
+    torch.ops.torch_bn.relu_batch_norm.default,
+)
 _tracing_state = torch._C._get_tracing_state
 
 
 _check_input_dim = torch.nn.BatchNorm1d._check_input_dim
 
 
-def layer(module: torch.nn.BatchNorm1d, input: Tensor) -> Any:
+def layer(module: torch.nn.BatchNorm1d, input: Tensor, relu: int) -> Any:
     """The forward of a layer in one C++ call; NotImplemented where anything is unusual."""
     # What traces must see the operator, and whoever overrides a check its call.
     if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
@@ -37,7 +44,14 @@ def layer(module: torch.nn.BatchNorm1d, input: Tensor) -> Any:
     momentum, eps = module.momentum, module.eps
     try:
         return _layer_forward(
-            input, parameters, buffers, module.training, module.track_running_stats, momentum, eps
+            input,
+            parameters,
+            buffers,
+            module.training,
+            module.track_running_stats,
+            momentum,
+            eps,
+            relu,
         )
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         statistics = (buffers["running_mean"], buffers["running_var"])
@@ -57,8 +71,9 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    relu: int = NO_RELU,
 ) -> Tensor:
-    """The layer's arithmetic, counter included, whoever computes it.
+    """The layer's arithmetic, ReLU and counter included, whoever computes it.
 
     Raises what torch raises, with its words; then no buffer has changed.
     """
@@ -67,17 +82,17 @@ def batch_norm(
     arguments = (input, weight, bias, *statistics, training, momentum, eps)
     if has_torch_function_variadic(*tensors) or _tracing_state() is not None:
         if _belongs_to_torch(tensors):
-            return by_torch(*arguments)
+            return by_torch(*arguments, relu)
         if any(isinstance(each, Proxy) for each in tensors):
-            return _operator(*arguments)
+            return OPERATORS[relu](*arguments)
     try:
         # Meta tensors too are served by us: their strides are to be those of our results.
         if input.is_cpu or input.is_meta:
-            return _operator(*arguments)
+            return OPERATORS[relu](*arguments)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if _is_final(error, tensors, num_batches_tracked, momentum, eps):
             raise
-    return by_torch(*arguments)
+    return by_torch(*arguments, relu)
 
 
 def by_torch(
@@ -90,15 +105,18 @@ def by_torch(
     training: bool,
     momentum: float | None,
     eps: float,
+    relu: int,
 ) -> Tensor:
     """What the forward of torch's layer does, but for one thing: the counter is last to change."""
     factor = 0.0 if momentum is None else momentum
     if num_batches_tracked is not None and momentum is None:
         factor = 1.0 / float(num_batches_tracked + 1)
+    if relu == RELU_BEFORE:
+        input = F.relu(input)
     result = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    return result
+    return F.relu(result) if relu == RELU_AFTER else result
 
 
 def _belongs_to_torch(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -62,7 +62,7 @@ def batch_norm(
     """
     if is_scripting():
         return _script.batch_norm(
-            input, weight, bias, running_mean, running_var, None, training, momentum, eps
+            input, weight, bias, running_mean, running_var, None, training, momentum, eps, 0
         )
     else:  # TorchScript compiles what follows an if, but not its other branch
         is_1d = not isinstance(input, Tensor) or input.dim() in (2, 3)  # an FX proxy may be

@@ -51,10 +51,14 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         tensor([10.0000,  0.2000])
     """
 
+    # A ReLU done in the same sweeps, for the layers that have one.
+    _relu = _serve.NO_RELU
+    __constants__ = [*torch.nn.BatchNorm1d.__constants__, "_relu"]
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
         if not is_scripting():
-            result: Tensor = _serve.layer(self, input)
+            result: Tensor = _serve.layer(self, input, self._relu)
             if result is not NotImplemented:
                 return result
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
@@ -78,6 +82,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
+            self._relu,
         )
         if is_scripting():
             return _script.batch_norm(*arguments)

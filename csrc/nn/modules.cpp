@@ -60,20 +60,44 @@ void BatchNormImplBase<Derived>::pretty_print(std::ostream& stream) const {
 }
 
 template class BatchNormImplBase<BatchNorm1dImpl>;
+template class BatchNormImplBase<BatchNormReLU1dImpl>;
+template class BatchNormImplBase<ReLUBatchNorm1dImpl>;
 
 }  // namespace detail
+
+namespace {
+
+template <typename Layer>
+torch::Tensor forward(ops::Relu relu, const Layer& layer, const torch::Tensor& input) {
+  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
+  const bool training = layer.is_training();
+  const bool tracks = layer.options.track_running_stats();
+  return nn::batch_norm(relu, input, layer.weight, layer.bias, layer.running_mean, layer.running_var,
+                        training && tracks ? layer.num_batches_tracked : torch::Tensor(), training || !tracks,
+                        layer.options.momentum(), layer.options.eps());
+}
+
+}  // namespace
 
 const char* BatchNorm1dImpl::layer_name() {
   return "BatchNorm1d";
 }
-
 torch::Tensor BatchNorm1dImpl::forward(const torch::Tensor& input) {
-  TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
-  const bool training = is_training();
-  const bool tracks = options.track_running_stats();
-  return nn::batch_norm(input, weight, bias, running_mean, running_var,
-                        training && tracks ? num_batches_tracked : torch::Tensor(), training || !tracks,
-                        options.momentum(), options.eps());
+  return torch_bn::forward(ops::Relu::none, *this, input);
+}
+
+const char* BatchNormReLU1dImpl::layer_name() {
+  return "BatchNormReLU1d";
+}
+torch::Tensor BatchNormReLU1dImpl::forward(const torch::Tensor& input) {
+  return torch_bn::forward(ops::Relu::after, *this, input);
+}
+
+const char* ReLUBatchNorm1dImpl::layer_name() {
+  return "ReLUBatchNorm1d";
+}
+torch::Tensor ReLUBatchNorm1dImpl::forward(const torch::Tensor& input) {
+  return torch_bn::forward(ops::Relu::before, *this, input);
 }
 
 }  // namespace torch_bn

@@ -2,8 +2,6 @@
 
 #include <torch/nn/functional/batchnorm.h>
 
-#include "../ops/ops.h"
-
 namespace torch_bn::nn {
 namespace {
 
@@ -26,7 +24,7 @@ bool is_counted_apart(const at::Tensor& num_batches_tracked) {
 }
 
 // What the forward of torch's layer does, but for one thing: the counter is last to change.
-at::Tensor by_torch(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+at::Tensor by_torch(ops::Relu relu, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                     const at::Tensor& running_mean, const at::Tensor& running_var,
                     const at::Tensor& num_batches_tracked, bool training, std::optional<double> momentum,
                     double eps) {
@@ -37,9 +35,10 @@ at::Tensor by_torch(const at::Tensor& input, const at::Tensor& weight, const at:
                            .training(training)
                            .momentum(factor)
                            .eps(eps);
-  auto output = torch::nn::functional::batch_norm(input, running_mean, running_var, options);
+  auto output = torch::nn::functional::batch_norm(relu == ops::Relu::before ? torch::relu(input) : input,
+                                                  running_mean, running_var, options);
   if (num_batches_tracked.defined()) num_batches_tracked.add_(1);
-  return output;
+  return relu == ops::Relu::after ? torch::relu(output) : output;
 }
 
 bool is_dense(const at::Tensor& tensor) {
@@ -66,7 +65,7 @@ bool is_final(const at::Tensor& input, std::initializer_list<const at::Tensor*> 
 
 }  // namespace
 
-at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+at::Tensor batch_norm(ops::Relu relu, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                       const at::Tensor& running_mean, const at::Tensor& running_var,
                       const at::Tensor& num_batches_tracked, bool training, std::optional<double> momentum,
                       double eps) {
@@ -75,7 +74,7 @@ at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& weight, const a
     try {
       const bool apart = is_counted_apart(num_batches_tracked);
       auto output =
-          ops::batch_norm(input, optional_of(weight), optional_of(bias), optional_of(running_mean),
+          ops::batch_norm(relu, input, optional_of(weight), optional_of(bias), optional_of(running_mean),
                           optional_of(running_var), apart ? std::nullopt : optional_of(num_batches_tracked),
                           training, apart ? factor_of(momentum, num_batches_tracked) : momentum, eps);
       if (apart) num_batches_tracked.add_(1);
@@ -87,7 +86,8 @@ at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& weight, const a
       if (is_final(input, {&weight, &bias, &running_mean, &running_var}, num_batches_tracked)) throw;
     }
   }
-  return by_torch(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+  return by_torch(relu, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+                  eps);
 }
 
 }  // namespace torch_bn::nn

@@ -5,13 +5,15 @@
 
 #include <optional>
 
+#include "../ops/ops.h"
+
 namespace torch_bn::nn {
 
-// The layer's arithmetic, counter included, whoever computes it. Any tensor but the input may be undefined.
-// Throws what torch throws, with its words; then nothing has been written.
-torch::Tensor batch_norm(const torch::Tensor& input, const torch::Tensor& weight, const torch::Tensor& bias,
-                         const torch::Tensor& running_mean, const torch::Tensor& running_var,
-                         const torch::Tensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                         double eps);
+// The layer's arithmetic, ReLU and counter included, whoever computes it. Any tensor but the input may be
+// undefined. Throws what torch throws, with its words; then nothing has been written.
+torch::Tensor batch_norm(ops::Relu relu, const torch::Tensor& input, const torch::Tensor& weight,
+                         const torch::Tensor& bias, const torch::Tensor& running_mean,
+                         const torch::Tensor& running_var, const torch::Tensor& num_batches_tracked, bool training,
+                         std::optional<double> momentum, double eps);
 
 }  // namespace torch_bn::nn

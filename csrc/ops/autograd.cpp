@@ -55,13 +55,15 @@ struct ForwardOptions {
   bool training;
   std::optional<double> momentum;
   double eps;
+  int64_t relu;
 };
 
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
   return batch_norm_in_mode(input, weight, bias, options.running_mean, options.running_var,
-                            options.num_batches_tracked, options.training, options.momentum, options.eps);
+                            options.num_batches_tracked, options.training, options.momentum, options.eps,
+                            options.relu);
 }
 
 struct BackwardOptions {
@@ -69,6 +71,8 @@ struct BackwardOptions {
   bool training;
   double eps;
   OutputMask output_mask;
+  const std::optional<at::Tensor>& bias;  // for the mask of a ReLU behind; a constant to autograd
+  int64_t relu;
 };
 
 // Whether this is a plain CPU tensor in a plain call: no mode, transform or tracer would miss an operator that is
@@ -107,7 +111,7 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                          const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
   return batch_norm_backward(grad_output, input, weight, options.stats, options.training, options.eps,
-                             options.output_mask);
+                             options.output_mask, options.bias, options.relu);
 }
 
 }  // namespace
@@ -128,10 +132,13 @@ struct BatchNorm : Function<BatchNorm> {
                             const std::optional<at::Tensor>& bias, const ForwardOptions& options,
                             StatsResult result) {
     auto [output, stats] = forward_below(input, weight, bias, options);
-    ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
+    variable_list kept{input, tensor_or_undefined(weight), stats};
+    if (is(options.relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
+    ctx->save_for_backward(std::move(kept));
     ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
+    if (!is(options.relu, Relu::none)) ctx->saved_data["relu"] = options.relu;
     *result.stats = std::move(stats);
     return output;
   }
@@ -145,11 +152,15 @@ struct BatchNorm : Function<BatchNorm> {
     const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
                              has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
     const bool training = ctx->saved_data["training"].toBool();
+    const auto fused = ctx->saved_data.find("relu");
+    const int64_t relu = fused == ctx->saved_data.end() ? 0 : fused->second.toInt();
+    const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
     auto [grad_input, grad_weight, grad_bias] =
         mask[0] && may_overwrite(grads[0], saved[0])
-            ? batch_norm_backward_over(grads[0], saved[0], optional_of(weight), saved[2], training, mask)
+            ? batch_norm_backward_over(grads[0], saved[0], optional_of(weight), saved[2], training, mask, bias,
+                                       relu)
             : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], training,
-                                  ctx->saved_data["eps"].toDouble(), mask);
+                                  ctx->saved_data["eps"].toDouble(), mask, bias, relu);
     // Parameters may have any shape with C elements.
     if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
     if (mask[2] && bias_sizes->second.toListRef().size() != 1)
@@ -165,8 +176,10 @@ struct BatchNormBackward : Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
     auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
-    ctx->save_for_backward({grad_output, input, tensor_or_undefined(weight), options.stats});
+    ctx->save_for_backward(
+        {grad_output, input, tensor_or_undefined(weight), options.stats, tensor_or_undefined(options.bias)});
     ctx->set_materialize_grads(false);
+    ctx->saved_data["relu"] = options.relu;
     ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["mask"] =
@@ -184,9 +197,9 @@ struct BatchNormBackward : Function<BatchNormBackward> {
     auto of_result = [&](std::size_t i) { return mask[i] ? grads[next++] : at::Tensor(); };
     // In declared order: a braced list is evaluated from left to right.
     const Gradients of_results{of_result(0), of_result(1), of_result(2)};
-    auto result =
-        decompose::double_backward(of_results, saved[0], saved[1], saved[2], saved[3],
-                                   ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble());
+    auto result = decompose::double_backward(
+        of_results, saved[0], saved[1], saved[2], saved[3], ctx->saved_data["training"].toBool(),
+        ctx->saved_data["eps"].toDouble(), saved[4], ctx->saved_data["relu"].toInt());
     return {ctx->needs_input_grad(0) ? result.grad_output : at::Tensor(),
             ctx->needs_input_grad(1) ? result.input : at::Tensor(),
             saved[2].defined() && ctx->needs_input_grad(2) ? result.weight : at::Tensor(),
@@ -201,12 +214,12 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
                                 const std::optional<at::Tensor>& running_mean,
                                 const std::optional<at::Tensor>& running_var,
                                 const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                                std::optional<double> momentum, double eps) {
+                                std::optional<double> momentum, double eps, int64_t relu) {
   check_statistics_need_no_grad(running_mean, running_var);
   if (needs_decomposition(input, weight, bias))
     return decompose::forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                              momentum, eps);
-  const ForwardOptions options{running_mean, running_var, num_batches_tracked, training, momentum, eps};
+                              momentum, eps, relu);
+  const ForwardOptions options{running_mean, running_var, num_batches_tracked, training, momentum, eps, relu};
   if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
   at::Tensor stats;
   at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
@@ -215,17 +228,18 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
 
 OutputAndStats inference_autograd(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
-                                  const at::Tensor& running_var, double eps) {
+                                  const at::Tensor& running_var, double eps, int64_t relu) {
   return forward_autograd(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
-                          /*momentum=*/0.0, eps);
+                          /*momentum=*/0.0, eps, relu);
 }
 
 Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                             const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                            double eps, OutputMask output_mask) {
+                            double eps, OutputMask output_mask, const std::optional<at::Tensor>& bias,
+                            int64_t relu) {
   if (needs_decomposition(grad_output, input, weight))
-    return decompose::backward(grad_output, input, weight, stats, training, eps, output_mask);
-  const BackwardOptions options{stats, training, eps, output_mask};
+    return decompose::backward(grad_output, input, weight, stats, training, eps, output_mask, bias, relu);
+  const BackwardOptions options{stats, training, eps, output_mask, bias, relu};
   if (!needs_recording(grad_output, input, weight)) return backward_below(grad_output, input, weight, options);
   const auto results = BatchNormBackward::apply(grad_output, input, weight, options);
   std::size_t next = 0;
@@ -249,12 +263,12 @@ OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at:
                                 const std::optional<at::Tensor>& running_mean,
                                 const std::optional<at::Tensor>& running_var,
                                 const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                                std::optional<double> momentum, double eps) {
+                                std::optional<double> momentum, double eps, int64_t relu) {
   OutputAndStats result;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     result = batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                momentum, eps);
+                                momentum, eps, relu);
   }
   if (training)
     for (const auto* written : {&running_mean, &running_var, &num_batches_tracked})

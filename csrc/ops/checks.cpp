@@ -11,6 +11,11 @@
 namespace torch_bn::ops {
 namespace {
 
+void check_relu(int64_t relu) {
+  TORCH_CHECK(is(relu, Relu::none) || is(relu, Relu::after) || is(relu, Relu::before),
+              "relu should be 0 (none), 1 (after) or 2 (before), not ", relu);
+}
+
 void check_rank(const at::Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(),
                     "D input)");
@@ -96,7 +101,8 @@ void check_no_grad(const char* name, const std::optional<at::Tensor>& statistics
 void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                    const std::optional<at::Tensor>& running_var,
-                   const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps) {
+                   const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps, int64_t relu) {
+  check_relu(relu);
   check_rank(input);
   if (training) check_more_than_one_row(input);
   check_eps(training, eps);
@@ -122,13 +128,17 @@ void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& wei
 }
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                    const std::optional<at::Tensor>& weight, const at::Tensor& stats) {
+                    const std::optional<at::Tensor>& weight, const at::Tensor& stats,
+                    const std::optional<at::Tensor>& bias, int64_t relu) {
+  check_relu(relu);
   check_rank(input);
   check_device(input, grad_output);
   check_device(input, weight);
+  check_device(input, bias);
   check_device(input, stats);
-  check_dtypes(input, {&weight});
+  check_dtypes(input, {&weight, &bias});
   check_features("weight", weight, input.sym_size(1));
+  check_features("bias", bias, input.sym_size(1));
   TORCH_CHECK(grad_output.dim() == input.dim(), "grad_output should have ", input.dim(), " dims not ",
               grad_output.dim());
   for (int64_t d = 0; d < input.dim(); ++d)

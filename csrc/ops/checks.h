@@ -9,10 +9,11 @@ namespace torch_bn::ops {
 void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                    const std::optional<at::Tensor>& running_var,
-                   const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps);
+                   const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps, int64_t relu);
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                    const std::optional<at::Tensor>& weight, const at::Tensor& stats);
+                    const std::optional<at::Tensor>& weight, const at::Tensor& stats,
+                    const std::optional<at::Tensor>& bias, int64_t relu);
 
 // Running statistics are constants to autograd.
 void check_statistics_need_no_grad(const std::optional<at::Tensor>& running_mean,

@@ -84,13 +84,14 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                            const std::optional<at::Tensor>& running_var,
                            const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                           std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+                           std::optional<double> momentum, double eps, int64_t relu) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const auto& table = active_kernels();
   kernels::ForwardArgs args{};
   args.shape = shape_of(input);
   args.dtype = kernel_dtype(input.scalar_type());
   args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
+  args.relu = static_cast<kernels::Relu>(relu);
   args.training = training;
   args.eps = eps;
 
@@ -129,19 +130,22 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
 // `grad_input` is written to where it is defined, and may be `grad_output` itself.
 Gradients backward_into(at::Tensor grad_input, const at::Tensor& grad_output, const at::Tensor& input,
                         const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                        OutputMask output_mask) {
-  check_backward(grad_output, input, weight, stats);
+                        OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu) {
+  check_backward(grad_output, input, weight, stats, bias, relu);
   const auto& table = active_kernels();
   kernels::BackwardArgs args{};
   args.shape = shape_of(input);
   args.dtype = kernel_dtype(input.scalar_type());
-  const auto param_dtype = parameter_dtype(input, weight);
+  const auto param_dtype = parameter_dtype(input, bias, weight);
   args.param_dtype = kernel_dtype(param_dtype);
+  args.relu = static_cast<kernels::Relu>(relu);
   args.training = training;
   args.grad_output = view_of(grad_output);
   args.input = view_of(input);
   at::Tensor weight_kept;
+  at::Tensor bias_kept;
   args.weight = parameter_view(weight, weight_kept);
+  args.bias = parameter_view(bias, bias_kept);
   const at::Tensor stats_kept = stats.contiguous();
   args.mean = stats_kept.const_data_ptr<double>();
   args.invstd = args.mean + args.shape.c;
@@ -170,8 +174,9 @@ Gradients backward_into(at::Tensor grad_input, const at::Tensor& grad_output, co
 
 Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
                        const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                       double /*eps*/, OutputMask output_mask) {
-  return backward_into({}, grad_output, input, weight, stats, training, output_mask);
+                       double /*eps*/, OutputMask output_mask, const std::optional<at::Tensor>& bias,
+                       int64_t relu) {
+  return backward_into({}, grad_output, input, weight, stats, training, output_mask, bias, relu);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
@@ -183,8 +188,8 @@ TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
 
 Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
                                    const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                                   OutputMask output_mask) {
-  return backward_into(grad_output, grad_output, input, weight, stats, training, output_mask);
+                                   OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu) {
+  return backward_into(grad_output, grad_output, input, weight, stats, training, output_mask, bias, relu);
 }
 
 }  // namespace torch_bn::ops

@@ -72,6 +72,19 @@ Normalised normalise_for_backward(const Rows& rows, const at::Tensor& input, con
                   : normalise_by(rows, input, stats.select(0, 0), stats.select(0, 1));
 }
 
+at::Tensor output_of(const Rows& rows, const Normalised& normalised, const std::optional<at::Tensor>& weight,
+                     const std::optional<at::Tensor>& bias) {
+  at::Tensor output = normalised.xhat;
+  if (is_given(weight)) output = output * rows.spread(*weight);
+  if (is_given(bias)) output = output + rows.spread(*bias);
+  return output;
+}
+
+// What passes a ReLU whose operand was x; the gradient of an operand that is NaN passes.
+at::Tensor blocked_by_relu(const at::Tensor& x) {
+  return x.detach() <= 0;
+}
+
 c10::SymInt values_per_channel(const at::Tensor& input) {
   return input.dim() == 3 ? input.sym_size(0) * input.sym_size(2) : input.sym_size(0);
 }
@@ -98,12 +111,13 @@ void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::Sy
 }
 
 // The formulas of csrc/kernels/forward.h.
-OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+OutputAndStats forward(const at::Tensor& given, const std::optional<at::Tensor>& weight,
                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                        const std::optional<at::Tensor>& running_var,
                        const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                       std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+                       std::optional<double> momentum, double eps, int64_t relu) {
+  check_forward(given, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
+  const at::Tensor input = is(relu, Relu::before) ? at::relu(given) : given;
   const Rows rows(input);
   Normalised normalised;
   if (training) {
@@ -119,20 +133,22 @@ OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>&
   } else {
     normalised = normalise_by(rows, input, *running_mean, (wide(*running_var) + eps).rsqrt());
   }
-  at::Tensor output = normalised.xhat;
-  if (is_given(weight)) output = output * rows.spread(*weight);
-  if (is_given(bias)) output = output + rows.spread(*bias);
+  const at::Tensor output = output_of(rows, normalised, weight, bias).to(input.scalar_type());
   const at::Tensor stats = at::stack({rows.flat(normalised.mean), rows.flat(normalised.invstd)}).detach();
-  return {output.to(input.scalar_type()), stats};
+  return {is(relu, Relu::after) ? at::relu(output) : output, stats};
 }
 
 // The formulas of csrc/kernels/backward.h, with xhat = (x - mean) * invstd.
-Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                   const at::Tensor& stats, bool training, double eps, OutputMask output_mask) {
-  check_backward(grad_output, input, weight, stats);
+Gradients backward(const at::Tensor& grad_output, const at::Tensor& given, const std::optional<at::Tensor>& weight,
+                   const at::Tensor& stats, bool training, double eps, OutputMask output_mask,
+                   const std::optional<at::Tensor>& bias, int64_t relu) {
+  check_backward(grad_output, given, weight, stats, bias, relu);
+  const at::Tensor input = is(relu, Relu::before) ? at::relu(given) : given;
   const Rows rows(input);
   const Normalised by = normalise_for_backward(rows, input, stats, training, eps);
-  const at::Tensor g = wide(grad_output);
+  at::Tensor g = wide(grad_output);
+  if (is(relu, Relu::after))
+    g = g.masked_fill(blocked_by_relu(output_of(rows, by, weight, bias).to(input.scalar_type())), 0);
   at::Tensor grad_input;
   at::Tensor grad_weight;
   at::Tensor grad_bias;
@@ -140,6 +156,7 @@ Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const
     grad_input = training ? g - rows.mean(g) - by.xhat * rows.mean(g * by.xhat) : g;
     grad_input = grad_input * by.invstd;
     if (is_given(weight)) grad_input = grad_input * rows.spread(*weight);
+    if (is(relu, Relu::before)) grad_input = grad_input.masked_fill(blocked_by_relu(given), 0);
     grad_input = grad_input.to(input.scalar_type());
   }
   const auto dtype = is_given(weight) ? weight->scalar_type() : input.scalar_type();
@@ -168,8 +185,11 @@ TORCH_LIBRARY_IMPL(torch_bn, CompositeExplicitAutograd, m) {
 //
 //   d phi / d g = w r v_x + v_w xhat + v_b     d phi / d w = r sum(v_x g)     d phi / d x = v_w g r
 // -------------------------------------------------------------------------------------------------------------
-BackwardGradients double_backward(const Gradients& grads, const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& weight, const at::Tensor& stats, bool training, double eps) {
+namespace {
+
+BackwardGradients double_backward_of_norm(const Gradients& grads, const at::Tensor& grad_output,
+                                          const at::Tensor& input, const at::Tensor& weight,
+                                          const at::Tensor& stats, bool training, double eps) {
   const Rows rows(input);
   const Normalised by = normalise_for_backward(rows, input, stats, training, eps);
   const at::Tensor& xhat = by.xhat;
@@ -208,6 +228,53 @@ BackwardGradients double_backward(const Gradients& grads, const at::Tensor& grad
   if (to_x.defined()) result.input = to_x.to(input.scalar_type());
   if (to_w.defined()) result.weight = to_w.reshape(weight.sizes()).to(weight.scalar_type());
   return result;
+}
+
+// What the kernels' backward blocks because of a ReLU behind the norm: where it takes gradients of one to zero. In
+// evaluation it takes them to the scale otherwise; where that is zero in the input's type, `y` must tell.
+at::Tensor blocked_by_kernels(const Rows& rows, const at::Tensor& input, const at::Tensor& weight,
+                              const at::Tensor& stats, bool training, double eps, const at::Tensor& bias) {
+  const at::AutoGradMode no_grad(false);
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional<at::Tensor>(tensor.detach()) : std::nullopt;
+  };
+  const auto relu = static_cast<int64_t>(Relu::after);
+  const at::Tensor x = input.detach();
+  const at::Tensor scaled =
+      std::get<0>(batch_norm_backward(at::ones_like(x), x, optional(weight), stats,
+                                      /*training=*/false, eps, {true, false, false}, optional(bias), relu));
+  at::Tensor scale = rows.spread(stats.select(0, 1));
+  if (weight.defined()) scale = scale * rows.spread(weight.detach());
+  const Normalised by = normalise_for_backward(rows, x, stats, training, eps);
+  const at::Tensor y = output_of(rows, by, optional(weight), optional(bias)).to(x.scalar_type());
+  return at::where(scale.to(x.scalar_type()) == 0, blocked_by_relu(y), scaled == 0);
+}
+
+}  // namespace
+
+// With a ReLU behind, everything happens to g where it passes; with one before, to relu(x) and to where it passes.
+BackwardGradients double_backward(const Gradients& grads, const at::Tensor& grad_output, const at::Tensor& input,
+                                  const at::Tensor& weight, const at::Tensor& stats, bool training, double eps,
+                                  const at::Tensor& bias, int64_t relu) {
+  const auto fill = [](at::Tensor& tensor, const at::Tensor& blocked) {
+    if (tensor.defined()) tensor = tensor.masked_fill(blocked, 0);
+  };
+  if (is(relu, Relu::after)) {
+    const at::Tensor blocked = blocked_by_kernels(Rows(input), input, weight, stats, training, eps, bias);
+    auto result =
+        double_backward_of_norm(grads, grad_output.masked_fill(blocked, 0), input, weight, stats, training, eps);
+    fill(result.grad_output, blocked);
+    return result;
+  }
+  if (is(relu, Relu::before)) {
+    const at::Tensor blocked = blocked_by_relu(input);
+    Gradients passed = grads;
+    fill(std::get<0>(passed), blocked);
+    auto result = double_backward_of_norm(passed, grad_output, at::relu(input), weight, stats, training, eps);
+    fill(result.input, blocked);
+    return result;
+  }
+  return double_backward_of_norm(grads, grad_output, input, weight, stats, training, eps);
 }
 
 }  // namespace torch_bn::ops::decompose

@@ -11,7 +11,7 @@ OutputAndStats forward(const at::Tensor& input, const std::optional<at::Tensor>&
                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                        const std::optional<at::Tensor>& running_var,
                        const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                       std::optional<double> momentum, double eps);
+                       std::optional<double> momentum, double eps, int64_t relu);
 
 // The update of the running statistics that `forward` makes.
 void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::SymInt count,
@@ -22,7 +22,8 @@ void update_running_stats(const at::Tensor& mean, const at::Tensor& var, c10::Sy
 // First derivatives. In training the statistics are computed anew from the input, so that the result can be
 // differentiated with respect to it; in evaluation `stats` are constants.
 Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                   const at::Tensor& stats, bool training, double eps, OutputMask output_mask);
+                   const at::Tensor& stats, bool training, double eps, OutputMask output_mask,
+                   const std::optional<at::Tensor>& bias, int64_t relu);
 
 // Gradients of the backward with respect to its grad_output, input and weight, given the gradients of its
 // three results (each may be undefined).
@@ -32,6 +33,7 @@ struct BackwardGradients {
   at::Tensor weight;
 };
 BackwardGradients double_backward(const Gradients& grads, const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& weight, const at::Tensor& stats, bool training, double eps);
+                                  const at::Tensor& weight, const at::Tensor& stats, bool training, double eps,
+                                  const at::Tensor& bias, int64_t relu);
 
 }  // namespace torch_bn::ops::decompose

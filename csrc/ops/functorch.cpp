@@ -78,8 +78,8 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
                                const std::optional<at::Tensor>& running_mean,
                                const std::optional<at::Tensor>& running_var,
                                const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                               std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+                               std::optional<double> momentum, double eps, int64_t relu) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const int64_t level = current_level({input, weight, bias, running_mean, running_var, num_batches_tracked});
   const Argument x = unwrap(input, level);
   const Argument mean = unwrap(running_mean, level);
@@ -90,7 +90,7 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
                                    !(counter.batched() && !momentum));  // one momentum serves all samples
   if (!folds)
     return decompose::forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                              momentum, eps);
+                              momentum, eps, relu);
 
   const c10::impl::ExcludeDispatchKeyGuard below(c10::DispatchKey::FuncTorchBatched);
   const Argument w = unwrap(weight, level);
@@ -112,7 +112,7 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
   auto [output, stats] = batch_norm_in_mode(
       spread.flatten(1, 2), fold_channels(w), fold_channels(b), folded_mean, folded_var,
       counter.given() && !counts_apart ? std::optional<at::Tensor>(counter.value) : std::nullopt, training,
-      momentum, eps);
+      momentum, eps, relu);
   if (counts_apart) counter.value.add_(1);
   const auto channels = input.sym_size(1);
   return {functorch::addBatchDim(output.unflatten_symint(1, {batch, channels}), 1, level),
@@ -121,36 +121,40 @@ OutputAndStats forward_batched(const at::Tensor& input, const std::optional<at::
 
 OutputAndStats inference_batched(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                  const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
-                                 const at::Tensor& running_var, double eps) {
+                                 const at::Tensor& running_var, double eps, int64_t relu) {
   return forward_batched(input, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false,
-                         /*momentum=*/0.0, eps);
+                         /*momentum=*/0.0, eps, relu);
 }
 
 // The public operator under any transform of torch.func. The counter is counted up in sight of the transforms,
 // for some refuse to change a captured one (torch's layer counts so too); the cumulative average reads a copy.
+template <Relu kRelu>
 at::Tensor batch_norm_transformed(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& bias,
                                   const std::optional<at::Tensor>& running_mean,
                                   const std::optional<at::Tensor>& running_var,
                                   const std::optional<at::Tensor>& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps) {
+  constexpr auto relu = static_cast<int64_t>(kRelu);
   // functionalize() takes no operator apart that writes, so it is given the parts.
   if (at::functionalization::impl::isFunctionalTensor(input))
     return std::get<0>(decompose::forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
-                                          training, momentum, eps));
+                                          training, momentum, eps, relu));
   std::optional<at::Tensor> counted;
   if (training && is_given(num_batches_tracked)) {
-    check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+    check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
     check_statistics_can_be_updated(input, running_mean, running_var);
     if (!momentum) counted = num_batches_tracked->clone();
     num_batches_tracked->add_(at::native::wrapped_scalar_tensor(1));  // named add_.Tensor where it is refused
   }
   return std::get<0>(
-      batch_norm_in_mode(input, weight, bias, running_mean, running_var, counted, training, momentum, eps));
+      batch_norm_in_mode(input, weight, bias, running_mean, running_var, counted, training, momentum, eps, relu));
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("batch_norm", batch_norm_transformed);
+  m.impl("batch_norm", batch_norm_transformed<Relu::none>);
+  m.impl("batch_norm_relu", batch_norm_transformed<Relu::after>);
+  m.impl("relu_batch_norm", batch_norm_transformed<Relu::before>);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, FuncTorchBatched, m) {

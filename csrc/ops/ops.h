@@ -15,8 +15,14 @@ using OutputAndStats = std::tuple<at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of input, weight, bias
 using OutputMask = std::array<bool, 3>;
 
-// The public operator.
-at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+// A ReLU done in the same sweeps: none, relu(bn(x)) or bn(relu(x)); the numbers that the operators take.
+enum class Relu : int64_t { none, after, before };
+inline bool is(int64_t relu, Relu which) {
+  return relu == static_cast<int64_t>(which);
+}
+
+// The public operators: batch_norm, batch_norm_relu or relu_batch_norm.
+at::Tensor batch_norm(Relu relu, const at::Tensor& input, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, bool training,
@@ -27,13 +33,13 @@ OutputAndStats batch_norm_forward(const at::Tensor& input, const std::optional<a
                                   const std::optional<at::Tensor>& running_mean,
                                   const std::optional<at::Tensor>& running_var,
                                   const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                                  std::optional<double> momentum, double eps);
+                                  std::optional<double> momentum, double eps, int64_t relu);
 
 // Evaluation in an operator of its own, whose schema promises that it writes nothing: what compiles or freezes a
 // model in evaluation need not keep the running statistics as state.
 OutputAndStats batch_norm_inference(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                     const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
-                                    const at::Tensor& running_var, double eps);
+                                    const at::Tensor& running_var, double eps, int64_t relu);
 
 // Whichever of the two fits; with `batch_norm_forward` for arguments that fit neither, since it refuses them.
 OutputAndStats batch_norm_in_mode(const at::Tensor& input, const std::optional<at::Tensor>& weight,
@@ -41,17 +47,19 @@ OutputAndStats batch_norm_in_mode(const at::Tensor& input, const std::optional<a
                                   const std::optional<at::Tensor>& running_mean,
                                   const std::optional<at::Tensor>& running_var,
                                   const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                                  std::optional<double> momentum, double eps);
+                                  std::optional<double> momentum, double eps, int64_t relu);
 
+// The bias is read only where a ReLU comes after, whose mask is computed again from the input.
 Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
                               const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                              double eps, OutputMask output_mask);
+                              double eps, OutputMask output_mask, const std::optional<at::Tensor>& bias,
+                              int64_t relu);
 
 // The same on CPU alone and not through the dispatcher, with grad_input in place of grad_output: for a contiguous
 // gradient that nobody else will read.
 Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
                                    const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                                   OutputMask output_mask);
+                                   OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu);
 
 // Moves running statistics by what a batch of `count` values per channel had: float64 mean and biased variance,
 // both (C). Apart from the forward only where that one is decomposed.

@@ -47,13 +47,14 @@ PyObject* layer_forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssi
   static PyObject* const kRunningMean = interned("running_mean");
   static PyObject* const kRunningVar = interned("running_var");
   static PyObject* const kCounter = interned("num_batches_tracked");
-  TORCH_CHECK_TYPE(count == 7, "layer_forward expects 7 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 8, "layer_forward expects 8 arguments, got ", count);
   PyObject* const input = arguments[0];
   PyObject* const parameters = arguments[1];
   PyObject* const buffers = arguments[2];
   PyObject* const momentum = arguments[5];
   PyObject* const eps = arguments[6];
-  const bool usual = THPVariable_CheckExact(input) && PyDict_CheckExact(parameters) &&
+  const long relu = PyLong_AsLong(arguments[7]);
+  const bool usual = relu >= 0 && relu <= 2 && THPVariable_CheckExact(input) && PyDict_CheckExact(parameters) &&
                      PyDict_CheckExact(buffers) && PyBool_Check(arguments[3]) && PyBool_Check(arguments[4]) &&
                      PyFloat_CheckExact(eps) && (Py_IsNone(momentum) || PyFloat_CheckExact(momentum)) &&
                      !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
@@ -84,8 +85,8 @@ PyObject* layer_forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssi
   at::Tensor output;
   {
     const WithoutGil released;
-    output = ops::batch_norm(x, weight, bias, running_mean, running_var, counter, by_batch, factor,
-                             PyFloat_AS_DOUBLE(eps));
+    output = ops::batch_norm(static_cast<ops::Relu>(relu), x, weight, bias, running_mean, running_var, counter,
+                             by_batch, factor, PyFloat_AS_DOUBLE(eps));
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS

@@ -30,4 +30,22 @@ namespace torch_bn::functional {
 torch::Tensor batch_norm(const torch::Tensor& input, const torch::Tensor& running_mean,
                          const torch::Tensor& running_var, const BatchNormFuncOptions& options = {});
 
+/// relu(batch_norm(input)) in the sweeps of the batch norm alone; parameters, result and errors are those of
+/// `batch_norm`. Backward computes the ReLU's mask again from the input, with the bits of the forward.
+///
+/// ```
+/// auto y = torch_bn::functional::batch_norm_relu(x, mean, var, options);
+/// ```
+torch::Tensor batch_norm_relu(const torch::Tensor& input, const torch::Tensor& running_mean,
+                              const torch::Tensor& running_var, const BatchNormFuncOptions& options = {});
+
+/// batch_norm(relu(input)) in the sweeps of the batch norm alone, otherwise like `batch_norm`. The statistics are
+/// those of relu(input).
+///
+/// ```
+/// auto y = torch_bn::functional::relu_batch_norm(x, mean, var, options);
+/// ```
+torch::Tensor relu_batch_norm(const torch::Tensor& input, const torch::Tensor& running_mean,
+                              const torch::Tensor& running_var, const BatchNormFuncOptions& options = {});
+
 }  // namespace torch_bn::functional

@@ -79,4 +79,47 @@ extern template class detail::BatchNormImplBase<BatchNorm1dImpl>;
 /// ```
 TORCH_MODULE(BatchNorm1d);
 
+/// Batch normalisation and then a ReLU, as one operation: relu(bn(x)).
+///
+/// Options, parameters, buffers and files are those of `BatchNorm1d`. Forward and backward make no more sweeps
+/// over memory than the batch norm alone, and only the input is kept for the backward, which computes the ReLU's
+/// mask again. Values, gradients and the treatment of NaN and zero are those of the two modules of torch.
+class BatchNormReLU1dImpl : public detail::BatchNormImplBase<BatchNormReLU1dImpl> {
+ public:
+  using detail::BatchNormImplBase<BatchNormReLU1dImpl>::BatchNormImplBase;
+
+  /// As `BatchNorm1dImpl::forward`, followed by a ReLU.
+  torch::Tensor forward(const torch::Tensor& input);
+
+  /// "BatchNormReLU1d".
+  static const char* layer_name();
+};
+
+/// A ReLU and then batch normalisation, as one operation: bn(relu(x)); otherwise like `BatchNormReLU1dImpl`. The
+/// statistics are those of relu(x).
+class ReLUBatchNorm1dImpl : public detail::BatchNormImplBase<ReLUBatchNorm1dImpl> {
+ public:
+  using detail::BatchNormImplBase<ReLUBatchNorm1dImpl>::BatchNormImplBase;
+
+  /// As `BatchNorm1dImpl::forward` of relu(input).
+  torch::Tensor forward(const torch::Tensor& input);
+
+  /// "ReLUBatchNorm1d".
+  static const char* layer_name();
+};
+
+extern template class detail::BatchNormImplBase<BatchNormReLU1dImpl>;
+extern template class detail::BatchNormImplBase<ReLUBatchNorm1dImpl>;
+
+/// Holds a `BatchNormReLU1dImpl`.
+///
+/// ```
+/// torch_bn::BatchNormReLU1d layer(300);
+/// auto y = layer(torch::randn({64, 300}));
+/// ```
+TORCH_MODULE(BatchNormReLU1d);
+
+/// Holds a `ReLUBatchNorm1dImpl`.
+TORCH_MODULE(ReLUBatchNorm1d);
+
 }  // namespace torch_bn
