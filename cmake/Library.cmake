@@ -14,6 +14,7 @@ add_library(torch_bn_objects OBJECT
   csrc/ops/autograd.cpp
   csrc/ops/checks.cpp
   csrc/ops/cpu.cpp
+  csrc/ops/plain.cpp
   csrc/ops/decompose.cpp
   csrc/ops/functorch.cpp
   csrc/ops/memory.cpp

@@ -24,7 +24,7 @@ from torch_bn import _library as _library  # its loading registers the operators
 _layer_forward: Callable[..., Any] = _library._C.layer_forward
 # In the order of csrc/ops/ops.h: no ReLU, one after the norm, one before it.
 NO_RELU, RELU_AFTER, RELU_BEFORE = range(3)
-OPERATORS: tuple[OpOverload, ...] = (
+OPERATORS: tuple[OpOverload[..., Tensor], ...] = (
     torch.ops.torch_bn.batch_norm.default,
     torch.ops.torch_bn.batch_norm_relu.default,
     torch.ops.torch_bn.relu_batch_norm.default,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+from torch._jit_internal import is_scripting
+
 from torch_bn import _serve
 from torch_bn.modules import BatchNorm1d
 
@@ -35,7 +38,13 @@ class BatchNormReLU1d(BatchNorm1d):
         [[0.0, 0.0], [0.9999949932098389, 0.9999987483024597]]
     """
 
-    _relu = _serve.RELU_AFTER
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``, then apply the ReLU; in training, update the statistics."""
+        if not is_scripting():
+            result: Tensor = _serve.layer(self, input, 1)
+            if result is not NotImplemented:
+                return result
+        return self._step_by_step(input, 1)
 
 
 class ReLUBatchNorm1d(BatchNorm1d):
@@ -62,4 +71,10 @@ class ReLUBatchNorm1d(BatchNorm1d):
         [[-0.9999949932098389], [0.9999949932098389]]
     """
 
-    _relu = _serve.RELU_BEFORE
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the ReLU to ``input``, then normalise; in training, update the statistics."""
+        if not is_scripting():
+            result: Tensor = _serve.layer(self, input, 2)
+            if result is not NotImplemented:
+                return result
+        return self._step_by_step(input, 2)

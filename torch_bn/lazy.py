@@ -47,3 +47,4 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
 
     # A module's call fetches its forward before the hook that makes it a BatchNorm1d runs.
     forward = BatchNorm1d.forward
+    _step_by_step = BatchNorm1d._step_by_step

@@ -51,16 +51,16 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         tensor([10.0000,  0.2000])
     """
 
-    # A ReLU done in the same sweeps, for the layers that have one.
-    _relu = _serve.NO_RELU
-    __constants__ = [*torch.nn.BatchNorm1d.__constants__, "_relu"]
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
         if not is_scripting():
-            result: Tensor = _serve.layer(self, input, self._relu)
+            result: Tensor = _serve.layer(self, input, 0)
             if result is not NotImplemented:
                 return result
+        return self._step_by_step(input, 0)
+
+    def _step_by_step(self, input: Tensor, relu: int) -> Tensor:
+        """The forward in Python, with or without a ReLU in the same sweeps (see _serve)."""
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
         if is_scripting():  # noqa: SIM114
             self._check_input_dim(input)
@@ -82,7 +82,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
-            self._relu,
+            relu,
         )
         if is_scripting():
             return _script.batch_norm(*arguments)

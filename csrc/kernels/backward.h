@@ -34,7 +34,7 @@ struct GradientTerm {
 template <typename Element>
 struct GradientTerm<Relu::after, Element> {
   static constexpr int kOperands = 2;
-  static constexpr int kVectorsAtOnce = 4;
+  static constexpr int kVectorsAtOnce = 8;  // what normalises is read from memory
   const Coefficients& of;
 
   auto at(i64 c) const { return pre_activation<Element, HalfF>(of, c); }
@@ -57,12 +57,18 @@ struct TileCoefficients {
   template <typename Element, typename Param>
   void fill(const BackwardArgs& args, Range channels) {
     const Coefficients of = view();
-    for (i64 i = 0; i < kTileChannels; ++i) {
-      const i64 c = channels.begin + i;
-      const bool exists = c < channels.end;  // vectors may reach beyond
-      wide[0][i] = exists ? args.mean[c] : 0.0;
-      wide[1][i] = exists ? read_channel<Param>(args.weight, c, 1.0) * args.invstd[c] : 0.0;
-      wide[2][i] = exists ? read_channel<Param>(args.bias, c, 0.0) : 0.0;
+    const i64 count = channels.size();
+    read_channels<Param>(args.weight, channels, 1.0, of.scale, channels.begin);
+    read_channels<Param>(args.bias, channels, 0.0, of.bias, channels.begin);
+#pragma omp simd
+    for (i64 i = 0; i < count; ++i) {
+      of.mean[i] = args.mean[channels.begin + i];
+      of.scale[i] *= args.invstd[channels.begin + i];
+      of.narrow<Element>(i);
+    }
+    // Vectors may reach beyond the last channel.
+    for (i64 i = count; i < round_up(count, kWidth); ++i) {
+      of.mean[i] = of.scale[i] = of.bias[i] = 0.0;
       of.narrow<Element>(i);
     }
   }

@@ -12,14 +12,14 @@ double read_channel(const ChannelView& view, i64 c, double otherwise) {
   return Element::load(static_cast<const typename Element::Storage*>(view.data)[c * view.stride]);
 }
 
-// The values of some channels to out[channel].
+// The values of some channels to out[channel - first].
 template <typename Element>
-void read_channels(const ChannelView& view, Range channels, double otherwise, double* out) {
+void read_channels(const ChannelView& view, Range channels, double otherwise, double* out, i64 first = 0) {
   if (view.data != nullptr && view.stride == 1) {
     const auto* from = static_cast<const typename Element::Storage*>(view.data);
-    for (i64 c = channels.begin; c < channels.end; ++c) out[c] = Element::load(from[c]);
+    for (i64 c = channels.begin; c < channels.end; ++c) out[c - first] = Element::load(from[c]);
   } else {
-    for (i64 c = channels.begin; c < channels.end; ++c) out[c] = read_channel<Element>(view, c, otherwise);
+    for (i64 c = channels.begin; c < channels.end; ++c) out[c - first] = read_channel<Element>(view, c, otherwise);
   }
 }
 

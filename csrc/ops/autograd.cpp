@@ -1,12 +1,11 @@
 // The autograd functions. Forward and backward are both operators; each has an autograd kernel, so that a
 // backward that is itself recorded can be differentiated again, to any order.
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "decompose.h"
+#include "plain.h"
 
 namespace torch_bn::ops {
 namespace {
@@ -56,10 +55,26 @@ struct ForwardOptions {
   std::optional<double> momentum;
   double eps;
   int64_t relu;
+  bool plain;
 };
+
+// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
+void bump_versions(std::initializer_list<const std::optional<at::Tensor>*> written) {
+  for (const auto* tensor : written)
+    if (is_given(*tensor)) torch::autograd::impl::bump_version(**tensor);
+}
 
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
+  if (options.plain) {
+    auto result = batch_norm_forward_at_once(input, weight, bias, options.running_mean, options.running_var,
+                                             options.num_batches_tracked, options.training, options.momentum,
+                                             options.eps, options.relu);
+    if (options.training)
+      for (const auto* written : {&options.running_mean, &options.running_var, &options.num_batches_tracked})
+        if (is_given(*written) && !(*written)->is_inference()) bump_versions({written});
+    return result;
+  }
   at::AutoDispatchBelowAutograd guard;
   return batch_norm_in_mode(input, weight, bias, options.running_mean, options.running_var,
                             options.num_batches_tracked, options.training, options.momentum, options.eps,
@@ -74,38 +89,6 @@ struct BackwardOptions {
   const std::optional<at::Tensor>& bias;  // for the mask of a ReLU behind; a constant to autograd
   int64_t relu;
 };
-
-// Whether this is a plain CPU tensor in a plain call: no mode, transform or tracer would miss an operator that is
-// not called.
-bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  return tensor.layout() == at::kStrided && (tensor.key_set() | kPlain) == kPlain;
-}
-
-bool is_plain_call() {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         (tls.included_ -
-          c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView}))
-             .empty();
-}
-
-// Whether the gradient that the engine handed to a Function's backward is dead after it. The Function holds the
-// one reference; whoever else may read the gradient (its user, a hook, `retain_grad`, another node) holds one
-// more, and a view of it another of the storage. Memory that is not torch's own, such as an array of NumPy's, may
-// have owners that no count tells of.
-bool is_last_use(const at::Tensor& grad) {
-  return grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1 &&
-         grad.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
-}
-
-// Whether grad_input may take the place of grad_output.
-bool may_overwrite(const at::Tensor& grad, const at::Tensor& input) {
-  return is_plain_call() && is_plain(grad) && is_plain(input) && is_last_use(grad) && grad.is_contiguous() &&
-         grad.scalar_type() == input.scalar_type() && grad.sizes() == input.sizes() &&
-         !grad.storage().is_alias_of(input.storage());
-}
 
 Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                          const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
@@ -122,6 +105,18 @@ struct StatsResult {
   at::Tensor* stats;
 };
 
+// What backward must know beside the tensors, in one number: every entry of a Function's dictionary costs.
+struct Flags {
+  bool training;
+  bool has_bias;
+  int64_t relu;
+
+  Flags(bool is_training, bool bias_is_given, int64_t which)
+      : training(is_training), has_bias(bias_is_given), relu(which) {}
+  explicit Flags(int64_t packed) : training((packed & 1) != 0), has_bias((packed & 2) != 0), relu(packed >> 2) {}
+  [[nodiscard]] int64_t packed() const { return (training ? 1 : 0) | (has_bias ? 2 : 0) | relu << 2; }
+};
+
 // The names of these two structs are what users see in a result's grad_fn.
 
 // Running statistics are never saved: a second forward before the backward may change them.
@@ -135,10 +130,9 @@ struct BatchNorm : Function<BatchNorm> {
     variable_list kept{input, tensor_or_undefined(weight), stats};
     if (is(options.relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
     ctx->save_for_backward(std::move(kept));
-    ctx->saved_data["training"] = options.training;
     ctx->saved_data["eps"] = options.eps;
-    if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
-    if (!is(options.relu, Relu::none)) ctx->saved_data["relu"] = options.relu;
+    ctx->saved_data["flags"] = Flags{options.training, is_given(bias), options.relu}.packed();
+    if (is_given(bias) && bias->dim() != 1) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
     *result.stats = std::move(stats);
     return output;
   }
@@ -146,25 +140,24 @@ struct BatchNorm : Function<BatchNorm> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
-    const auto bias_sizes = ctx->saved_data.find("bias_sizes");
-    const bool has_bias = bias_sizes != ctx->saved_data.end();
+    const Flags flags(ctx->saved_data["flags"].toInt());
     // Edges are numbered over the arguments that were given.
     const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-                             has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
-    const bool training = ctx->saved_data["training"].toBool();
-    const auto fused = ctx->saved_data.find("relu");
-    const int64_t relu = fused == ctx->saved_data.end() ? 0 : fused->second.toInt();
+                             flags.has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
     const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
+    const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grads[0]) &&
+                       is_plain(saved[0]) && is_plain(saved[2]) && (!weight.defined() || is_plain(weight)) &&
+                       is_plain(bias);
     auto [grad_input, grad_weight, grad_bias] =
-        mask[0] && may_overwrite(grads[0], saved[0])
-            ? batch_norm_backward_over(grads[0], saved[0], optional_of(weight), saved[2], training, mask, bias,
-                                       relu)
-            : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], training,
-                                  ctx->saved_data["eps"].toDouble(), mask, bias, relu);
+        plain ? batch_norm_backward_at_once(mask[0] && may_overwrite(grads[0], saved[0]) ? grads[0] : at::Tensor(),
+                                            grads[0], saved[0], optional_of(weight), saved[2], flags.training,
+                                            mask, bias, flags.relu)
+              : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], flags.training,
+                                    ctx->saved_data["eps"].toDouble(), mask, bias, flags.relu);
     // Parameters may have any shape with C elements.
     if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
-    if (mask[2] && bias_sizes->second.toListRef().size() != 1)
-      grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
+    if (const auto sizes = ctx->saved_data.find("bias_sizes"); mask[2] && sizes != ctx->saved_data.end())
+      grad_bias = grad_bias.reshape_symint(sizes->second.toSymIntVector());
     return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
@@ -209,6 +202,14 @@ struct BatchNormBackward : Function<BatchNormBackward> {
 
 namespace {
 
+OutputAndStats recorded_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
+  if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
+  at::Tensor stats;
+  at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
+  return {std::move(output), std::move(stats)};
+}
+
 OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                 const std::optional<at::Tensor>& bias,
                                 const std::optional<at::Tensor>& running_mean,
@@ -219,11 +220,9 @@ OutputAndStats forward_autograd(const at::Tensor& input, const std::optional<at:
   if (needs_decomposition(input, weight, bias))
     return decompose::forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
                               momentum, eps, relu);
-  const ForwardOptions options{running_mean, running_var, num_batches_tracked, training, momentum, eps, relu};
-  if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
-  at::Tensor stats;
-  at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
-  return {std::move(output), std::move(stats)};
+  return recorded_forward(input, weight, bias,
+                          {running_mean, running_var, num_batches_tracked, training, momentum, eps, relu,
+                           /*plain=*/false});
 }
 
 OutputAndStats inference_autograd(const at::Tensor& input, const std::optional<at::Tensor>& weight,
@@ -257,7 +256,6 @@ void update_running_stats_autograd(const at::Tensor& mean, const at::Tensor& var
   update_running_stats(mean, var, std::move(count), running_mean, running_var, num_batches_tracked, momentum);
 }
 
-// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
 OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                 const std::optional<at::Tensor>& bias,
                                 const std::optional<at::Tensor>& running_mean,
@@ -270,9 +268,7 @@ OutputAndStats forward_in_place(const at::Tensor& input, const std::optional<at:
     result = batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
                                 momentum, eps, relu);
   }
-  if (training)
-    for (const auto* written : {&running_mean, &running_var, &num_batches_tracked})
-      if (is_given(*written)) torch::autograd::impl::bump_version(**written);
+  if (training) bump_versions({&running_mean, &running_var, &num_batches_tracked});
   return result;
 }
 
@@ -291,4 +287,25 @@ TORCH_LIBRARY_IMPL(torch_bn, ADInplaceOrView, m) {
 }
 
 }  // namespace
+
+std::optional<at::Tensor> batch_norm_if_plain(Relu relu, const at::Tensor& input,
+                                              const std::optional<at::Tensor>& weight,
+                                              const std::optional<at::Tensor>& bias,
+                                              const std::optional<at::Tensor>& running_mean,
+                                              const std::optional<at::Tensor>& running_var,
+                                              const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                              std::optional<double> momentum, double eps) {
+  const bool plain = nobody_looks_on() && is_plain(input) && is_plain(weight) && is_plain(bias) &&
+                     is_plain(running_mean) && is_plain(running_var) && is_plain(num_batches_tracked) &&
+                     !needs_decomposition(input, weight, bias);
+  if (!plain) return std::nullopt;
+  const ForwardOptions options{running_mean, running_var, num_batches_tracked,        training,
+                               momentum,     eps,         static_cast<int64_t>(relu), /*plain=*/true};
+  const bool active = autograd_is_active();
+  if (active) check_statistics_need_no_grad(running_mean, running_var);
+  auto result =
+      active ? recorded_forward(input, weight, bias, options) : forward_below(input, weight, bias, options);
+  return std::get<0>(std::move(result));
+}
+
 }  // namespace torch_bn::ops

@@ -80,11 +80,14 @@ int thread_count() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
-                           const std::optional<at::Tensor>& running_var,
-                           const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                           std::optional<double> momentum, double eps, int64_t relu) {
+}  // namespace
+
+OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                          const std::optional<at::Tensor>& bias,
+                                          const std::optional<at::Tensor>& running_mean,
+                                          const std::optional<at::Tensor>& running_var,
+                                          const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                          std::optional<double> momentum, double eps, int64_t relu) {
   check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const auto& table = active_kernels();
   kernels::ForwardArgs args{};
@@ -127,10 +130,10 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   return {std::move(output), std::move(stats)};
 }
 
-// `grad_input` is written to where it is defined, and may be `grad_output` itself.
-Gradients backward_into(at::Tensor grad_input, const at::Tensor& grad_output, const at::Tensor& input,
-                        const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                        OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu) {
+Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& grad_output,
+                                      const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                      const at::Tensor& stats, bool training, OutputMask output_mask,
+                                      const std::optional<at::Tensor>& bias, int64_t relu) {
   check_backward(grad_output, input, weight, stats, bias, relu);
   const auto& table = active_kernels();
   kernels::BackwardArgs args{};
@@ -172,24 +175,19 @@ Gradients backward_into(at::Tensor grad_input, const at::Tensor& grad_output, co
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
+namespace {
+
 Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
                        const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
                        double /*eps*/, OutputMask output_mask, const std::optional<at::Tensor>& bias,
                        int64_t relu) {
-  return backward_into({}, grad_output, input, weight, stats, training, output_mask, bias, relu);
+  return batch_norm_backward_at_once({}, grad_output, input, weight, stats, training, output_mask, bias, relu);
 }
 
 TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
-  m.impl("_batch_norm_forward", forward_cpu);
+  m.impl("_batch_norm_forward", batch_norm_forward_at_once);
   m.impl("batch_norm_backward", backward_cpu);
 }
 
 }  // namespace
-
-Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
-                                   const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                                   OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu) {
-  return backward_into(grad_output, grad_output, input, weight, stats, training, output_mask, bias, relu);
-}
-
 }  // namespace torch_bn::ops

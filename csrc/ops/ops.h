@@ -55,11 +55,28 @@ Gradients batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& i
                               double eps, OutputMask output_mask, const std::optional<at::Tensor>& bias,
                               int64_t relu);
 
-// The same on CPU alone and not through the dispatcher, with grad_input in place of grad_output: for a contiguous
-// gradient that nobody else will read.
-Gradients batch_norm_backward_over(const at::Tensor& grad_output, const at::Tensor& input,
-                                   const std::optional<at::Tensor>& weight, const at::Tensor& stats, bool training,
-                                   OutputMask output_mask, const std::optional<at::Tensor>& bias, int64_t relu);
+// The public operators without the dispatcher, autograd included, for plain calls (see plain.h); nothing for
+// others.
+std::optional<at::Tensor> batch_norm_if_plain(Relu relu, const at::Tensor& input,
+                                              const std::optional<at::Tensor>& weight,
+                                              const std::optional<at::Tensor>& bias,
+                                              const std::optional<at::Tensor>& running_mean,
+                                              const std::optional<at::Tensor>& running_var,
+                                              const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                              std::optional<double> momentum, double eps);
+
+// Forward and backward on CPU alone and not through the dispatcher. grad_input may be undefined, or grad_output
+// where that is contiguous and nobody else will read it.
+OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                          const std::optional<at::Tensor>& bias,
+                                          const std::optional<at::Tensor>& running_mean,
+                                          const std::optional<at::Tensor>& running_var,
+                                          const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                                          std::optional<double> momentum, double eps, int64_t relu);
+Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& grad_output,
+                                      const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                      const at::Tensor& stats, bool training, OutputMask output_mask,
+                                      const std::optional<at::Tensor>& bias, int64_t relu);
 
 // Moves running statistics by what a batch of `count` values per channel had: float64 mean and biased variance,
 // both (C). Apart from the forward only where that one is decomposed.

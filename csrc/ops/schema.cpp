@@ -143,6 +143,9 @@ at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at:
                                 const std::optional<at::Tensor>& running_var,
                                 const std::optional<at::Tensor>& num_batches_tracked, bool training,
                                 std::optional<double> momentum, double eps) {
+  if (auto output = batch_norm_if_plain(kRelu, input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                        training, momentum, eps))
+    return *std::move(output);
   if (!input.is_cpu() && !input.is_meta())
     return batch_norm_by_torch(kRelu, input, weight, bias, running_mean, running_var, num_batches_tracked,
                                training, momentum, eps);

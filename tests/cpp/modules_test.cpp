@@ -365,5 +365,68 @@ TEST(BuildInfo, TellsWhatRuns) {
             info.isas_supported.end());
 }
 
+// The fused layers are their two modules in one.
+template <typename Layer>
+class Fused : public ::testing::Test {};
+using FusedLayers = ::testing::Types<BatchNormReLU1d, ReLUBatchNorm1d>;
+TYPED_TEST_SUITE(Fused, FusedLayers);
+
+TYPED_TEST(Fused, IsTheTwoModulesAndTrainsOnFromAPlainLayersFile) {
+  constexpr bool kAfter = std::is_same_v<TypeParam, BatchNormReLU1d>;
+  torch::manual_seed(3);
+  Ours norm(5);
+  torch::nn::init::normal_(norm->weight);
+  torch::nn::init::normal_(norm->bias);
+  norm(torch::randn({7, 5}));
+  std::stringstream file;
+  torch::save(norm, file);
+  TypeParam fused(5);
+  torch::load(fused, file);
+  for (const bool training : {true, false}) {
+    fused->train(training);
+    norm->train(training);
+    const auto x = torch::randn({9, 5, 4}).set_requires_grad(true);
+    const auto x2 = x.detach().clone().set_requires_grad(true);
+    const auto g = torch::randn_like(x);
+    const auto y = fused(x);
+    const auto want = kAfter ? torch::relu(norm(x2)) : norm(torch::relu(x2));
+    fused->zero_grad();
+    norm->zero_grad();
+    y.backward(g);
+    want.backward(g);
+    EXPECT_TRUE(same_bits(y, want));
+    EXPECT_TRUE(same_bits(x.grad(), x2.grad()));
+    EXPECT_TRUE(same_bits(fused->weight.grad(), norm->weight.grad()));
+    EXPECT_TRUE(same_bits(fused->bias.grad(), norm->bias.grad()));
+    expect_same_state(*fused, *norm);
+  }
+}
+
+TYPED_TEST(Fused, BehavesAsAModule) {
+  TypeParam layer(BatchNorm1dOptions(3).eps(0.5).momentum(std::nullopt));
+  std::stringstream printed;
+  printed << layer;
+  EXPECT_NE(printed.str().find("ReLU"), std::string::npos);
+  EXPECT_NE(printed.str().find("1d(3, eps=0.5, momentum=None, affine=true"), std::string::npos);
+  torch::nn::Sequential net(torch::nn::Linear(4, 3), layer);
+  const auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(net->clone());
+  const auto x = torch::randn({6, 4});
+  EXPECT_TRUE(same_bits(net->forward(x), copy->forward(x)));
+  EXPECT_THROW(layer(torch::ones({1, 3})), c10::Error);
+  EXPECT_EQ(layer->num_batches_tracked.template item<int64_t>(), 1);
+}
+
+TEST(FusedFunctional, IsTheTwoFunctions) {
+  const auto options = functional::BatchNormFuncOptions().weight(torch::rand({5})).training(true);
+  const auto x = torch::randn({8, 5});
+  const at::Tensor none;
+  EXPECT_TRUE(same_bits(functional::batch_norm_relu(x, none, none, options),
+                        torch::relu(functional::batch_norm(x, none, none, options))));
+  EXPECT_TRUE(same_bits(functional::relu_batch_norm(x, none, none, options),
+                        functional::batch_norm(torch::relu(x), none, none, options)));
+  // An integer input is refused with torch's words, whichever function gets it.
+  EXPECT_THROW(functional::relu_batch_norm(torch::ones({4, 5}, at::kLong), none, none, options), c10::Error);
+}
+
 }  // namespace
 }  // namespace torch_bn::testing

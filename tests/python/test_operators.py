@@ -33,7 +33,9 @@ def tensors(shape: tuple[int, ...], parameters: bool = True) -> tuple[Tensor | N
 @in_both_modes
 @pytest.mark.parametrize("parameters", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("name", ["batch_norm", "_batch_norm_forward"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "batch_norm_relu", "relu_batch_norm", "_batch_norm_forward"]
+)
 def test_forward(
     name: str, shape: tuple[int, ...], training: bool, parameters: bool, momentum: float | None
 ) -> None:
@@ -43,8 +45,17 @@ def test_forward(
 
 
 @shapes
-def test_inference(shape: tuple[int, ...]) -> None:
-    opcheck(OPS._batch_norm_inference.default, (*tensors(shape), 1e-5))
+@in_both_modes
+@pytest.mark.parametrize("relu", [1, 2])
+def test_forward_with_relu(shape: tuple[int, ...], training: bool, relu: int) -> None:
+    arguments = (*tensors(shape), torch.tensor(0), training, 0.1, 1e-5, relu)
+    opcheck(OPS._batch_norm_forward.default, arguments)
+
+
+@shapes
+@pytest.mark.parametrize("relu", [0, 1, 2])
+def test_inference(shape: tuple[int, ...], relu: int) -> None:
+    opcheck(OPS._batch_norm_inference.default, (*tensors(shape), 1e-5, relu))
 
 
 @shapes
@@ -55,6 +66,17 @@ def test_backward(shape: tuple[int, ...], training: bool, mask: list[bool]) -> N
     _, stats = OPS._batch_norm_forward(x, weight, None, None, None, None, True, 0.1, 1e-5)
     gradient = torch.randn(shape, requires_grad=True)
     opcheck(OPS.batch_norm_backward.default, (gradient, x, weight, stats, training, 1e-5, mask))
+
+
+@shapes
+@in_both_modes
+@pytest.mark.parametrize("relu", [1, 2])
+def test_backward_with_relu(shape: tuple[int, ...], training: bool, relu: int) -> None:
+    x, weight, bias, *_ = tensors(shape)
+    _, stats = OPS._batch_norm_forward(x, weight, bias, None, None, None, True, 0.1, 1e-5, relu)
+    gradient = torch.randn(shape, requires_grad=True)
+    arguments = (gradient, x, weight, stats, training, 1e-5, MASKS[0], bias.detach(), relu)
+    opcheck(OPS.batch_norm_backward.default, arguments)
 
 
 def test_update_of_running_statistics() -> None:
@@ -71,6 +93,8 @@ def test_every_operator_is_checked_here() -> None:
     }
     assert registered == {
         "batch_norm",
+        "batch_norm_relu",
+        "relu_batch_norm",
         "_batch_norm_forward",
         "_batch_norm_inference",
         "batch_norm_backward",
