@@ -25,7 +25,7 @@ struct Layer {
   at::Tensor operator()(const at::Tensor& x, bool training, std::optional<double> momentum = 0.1,
                         double eps = 1e-5) const {
     return std::get<0>(
-        batch_norm_forward(x, weight, bias, running_mean, running_var, counter, training, momentum, eps));
+        batch_norm_forward(x, weight, bias, running_mean, running_var, counter, training, momentum, eps, 0));
   }
 
   // torch's own, in the dtype of its arguments.
