@@ -15,6 +15,7 @@ from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
+from torch_bn.lean import lean
 from torch_bn.modules import BatchNorm1d
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "cmake_prefix_path",
     "convert",
     "functional",
+    "lean",
     "revert",
 ]
