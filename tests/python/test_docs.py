@@ -1,0 +1,28 @@
+"""The documentation's code runs, and its links lead somewhere; for cpp.md see test_cpp_docs.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def blocks(page: str) -> str:
+    """All Python of a page: a later block may build on an earlier one."""
+    text = (DOCS / page).read_text()
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != "cpp.md"])
+def test_the_code_of_a_page_runs(page: str) -> None:
+    exec(compile(blocks(page), page, "exec"), {"__name__": page})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (DOCS / page).read_text()):
+        assert (DOCS / target).exists(), target
