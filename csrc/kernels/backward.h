@@ -299,14 +299,16 @@ inline void merge_gradient_sums(const BackwardArgs& args, const Partition& parti
   });
 }
 
-// From the sums to the parameters' gradients and the coefficients of some channels.
+// From the sums to the parameters' gradients and the coefficients of some channels. Takes the pointers by value:
+// else they would have to be read again after every store.
 template <typename Element, typename Param, Relu kRelu>
-void finish_gradients(const BackwardArgs& args, const Partition& partition, const BackwardScratch& scratch,
-                      bool has_sums, Range channels) {
+void finish_gradients(const BackwardArgs& args, const Partition& partition, BackwardScratch scratch, bool has_sums,
+                      Range channels) {
   const double rows = static_cast<double>(partition.rows);
   const double* mean = args.mean;
   const double* invstd = args.invstd;
-  const Coefficients& of = scratch.of;
+  const bool training = args.training;
+  const Coefficients of = scratch.of;
   read_channels<Param>(args.weight, channels, 1.0, of.scale);
   read_channels<Param>(kRelu == Relu::after ? args.bias : ChannelView{}, channels, 0.0, of.bias);
   if (has_sums) {
@@ -318,10 +320,14 @@ void finish_gradients(const BackwardArgs& args, const Partition& partition, cons
       scratch.shift[c] = total[c] / rows;
       scratch.slope[c] = dot[c] * invstd[c] * invstd[c] / rows;
     }
-    for (i64 c = channels.begin; c < channels.end && args.grad_weight != nullptr; ++c)
-      write_channel<Param>(args.grad_weight, c, dot[c] * invstd[c]);
-    for (i64 c = channels.begin; c < channels.end && args.grad_bias != nullptr; ++c)
-      write_channel<Param>(args.grad_bias, c, total[c]);
+    if (void* grad_weight = args.grad_weight; grad_weight != nullptr) {
+#pragma omp simd
+      for (i64 c = channels.begin; c < channels.end; ++c) write_channel<Param>(grad_weight, c, dot[c] * invstd[c]);
+    }
+    if (void* grad_bias = args.grad_bias; grad_bias != nullptr) {
+#pragma omp simd
+      for (i64 c = channels.begin; c < channels.end; ++c) write_channel<Param>(grad_bias, c, total[c]);
+    }
   } else {
     for (i64 c = channels.begin; c < channels.end; ++c) scratch.shift[c] = scratch.slope[c] = 0.0;
   }
@@ -334,7 +340,7 @@ void finish_gradients(const BackwardArgs& args, const Partition& partition, cons
     scratch.narrow_slope[c] = static_cast<float>(slope);
     scratch.narrow_shift[c] = static_cast<float>(shift);
     const bool plain = plain_factor(of.scale[c]) && (kRelu != Relu::after || of.plain[c] != 0) &&
-                       (!args.training || (plain_term(mean[c]) && plain_factor(slope) && plain_term(shift)));
+                       (!training || (plain_term(mean[c]) && plain_factor(slope) && plain_term(shift)));
     scratch.plain[c] = Element::kIsDouble || plain ? 1 : 0;
   }
 }

@@ -75,14 +75,20 @@ void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64
   using Vector = typename Element::Vector;
   constexpr i64 kStep = sizeof(Vector) / sizeof(typename Element::Real);
   const auto real = op.real;  // a copy of its own, which no store can be thought to change
-  i64 c = channels.begin;
-  for (; c + kStep <= channels.end; c += kStep) {
+  const auto vectors_at = [&](i64 c) {
     const auto f = real.template at<Vector>(c);
     for (int i = 0; i < kRows; ++i) {
       if constexpr (kStream && kRows > 1)
         (__builtin_prefetch(source.data + i * source.stride + c + kElementsAhead), ...);
       put<Element, kStream>(to + i * stride + c, f(Element::load_vector(source.data + i * source.stride + c)...));
     }
+  };
+  i64 c = channels.begin;
+  for (; c + kStep <= channels.end; c += kStep) vectors_at(c);
+  // The rest once more with some of what is done already, unless that lies where its operands lay.
+  if (!kStream && c < channels.end && channels.size() >= kStep && ((source.data != to) && ...)) {
+    vectors_at(channels.end - kStep);
+    return;
   }
   for (; c < channels.end; ++c) {
     const auto f = real.template at<typename Element::Real>(c);

@@ -86,7 +86,7 @@ inline Coefficients forward_coefficients(const ForwardArgs& args, const Partitio
 
 // From the batch's moments, or the running statistics, to the coefficients of some channels.
 template <typename Element, typename Param>
-void finish_channels(const ForwardArgs& args, const Partition& partition, const Coefficients& of, Range channels) {
+void finish_channels(const ForwardArgs& args, const Partition& partition, Coefficients of, Range channels) {
   double* mean = args.mean;
   double* invstd = args.invstd;
   if (args.training) {

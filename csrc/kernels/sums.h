@@ -63,7 +63,8 @@ void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, const T
     for (int k = 0; k < kVectors; ++k) {
       HalfF value[Term::kOperands];
       for (int o = 0; o < Term::kOperands; ++o) {
-        if constexpr (kSome)
+        // Before the last row, what lies behind a row is memory of the next one.
+        if (kSome && (r + 1 == rows || operands[o].stride < kWidth))
           value[o] = Element::load_half(Padded<kWidth, typename Element::Storage>(from[o], some).values);
         else
           value[o] = Element::load_half(from[o] + k * kWidth);
