@@ -13,16 +13,21 @@ from torch_bn import _onnx as _onnx
 from torch_bn import functional
 from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
+from torch_bn.folding import fold
+from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
 __all__ = [
     "BatchNorm1d",
+    "BatchNormReLU1d",
     "LazyBatchNorm1d",
+    "ReLUBatchNorm1d",
     "__version__",
     "build_info",
     "cmake_prefix_path",
     "convert",
+    "fold",
     "functional",
     "revert",
 ]
