@@ -137,7 +137,9 @@ def _why_apart(flows: Flows, norm: Module, after: bool, relu: Node) -> str | Non
         between = node if after else beside
         if between is not None and len(between.users) > 1:
             return "the value between is used elsewhere"
-        if beside is None or not (is_relu(beside) or flows.module(beside) is module):
+        if beside is None or flows.module(beside) is not module:
+            return "they do not always follow each other"
+        if module is None and not is_relu(beside):
             return "they do not always follow each other"
         if not after and _is_in_place(flows, beside) and not _is_private(flows, beside):
             return "the in-place ReLU changes a value that may be used elsewhere"
@@ -195,6 +197,9 @@ def _without(
             assert relu is not None
             call.replace_input_with(relu, source(relu))
         graph.erase_node(relu)
+    for node in graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None  # an annotation that was not evaluated; it could not be pickled
     result = GraphModule(model, graph, type(model).__name__)
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         now = vars(result)[table]
