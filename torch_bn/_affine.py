@@ -1,12 +1,21 @@
 """What a batch norm is in a folded model where no other layer could take it in."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": TorchScript reads those of the class as objects.
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 __all__ = ["Affine1d", "AffineReLU1d", "ReLUAffine1d"]
+
+
+def multiply_add(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``input * scale + shift`` along dimension 1."""
+    torch._assert(  # type: ignore[no-untyped-call]
+        input.size(1) == scale.size(0), "the input has another number of channels"
+    )
+    # Channels last, and back: the same lines for both ranks, so that FX can trace them.
+    rows = input.transpose(1, -1)
+    return torch.addcmul(shift, rows, scale).transpose(1, -1).to(input.dtype)
 
 
 class Affine1d(Module):
@@ -39,13 +48,7 @@ class Affine1d(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply and add."""
-        torch._assert(  # type: ignore[no-untyped-call]
-            input.size(1) == self.scale.size(0), "the input has another number of channels"
-        )
-        # Channels last, and back: the same lines for both ranks, so that FX can trace them.
-        rows = input.transpose(1, -1)
-        result = torch.addcmul(self.shift, rows, self.scale)
-        return result.transpose(1, -1).to(input.dtype)
+        return multiply_add(input, self.scale, self.shift)
 
     def extra_repr(self) -> str:
         """In a printed model."""
@@ -57,7 +60,7 @@ class AffineReLU1d(Affine1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply, add, and cut off at zero."""
-        return super().forward(input).relu()
+        return multiply_add(input, self.scale, self.shift).relu()
 
 
 class ReLUAffine1d(Affine1d):
@@ -65,4 +68,4 @@ class ReLUAffine1d(Affine1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Cut off at zero, multiply and add."""
-        return super().forward(input.relu())
+        return multiply_add(input.relu(), self.scale, self.shift)

@@ -146,12 +146,10 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
         >>> type(torch_bn.revert(model)[1]) is torch.nn.BatchNorm1d
         True
     """
-    folded = [each for each in model.modules() if is_folded(each)]
-    if folded:
-        where = ", ".join(names(model)[id(folded[0])])
+    if any(is_folded(each) for each in model.modules()):
         raise ValueError(
-            f"this model comes from torch_bn.fold ({where} was a batch norm), and folding cannot "
-            "be undone: the statistics are in other layers' weights. Keep the model it was made of"
+            "this model, or a part of it, comes from torch_bn.fold, and folding cannot be undone: "
+            "batch norms are in the weights of other layers. Revert the model it was made from"
         )
     unfuse_pairs(model, names(model), [] if report is None else report)
 

@@ -83,7 +83,7 @@ def fold(model: Module, *, report: list[str] | None = None) -> Module:
 
 
 def is_folded(module: Module) -> bool:
-    """Whether a module was a batch norm until it was folded."""
+    """Whether a module was a batch norm, or fused with one, until it was folded."""
     return _MARK in vars(module)
 
 
@@ -132,6 +132,9 @@ class _Folding:
             self._become_affine(norm)
         for norm, words in left.items():
             self.report.append(f"{self.flows.label(norm)}: {words}")
+        for module in self.flows.model.modules():
+            if type(module) is FusedReLU:  # its norm has given it up for good
+                _become(module, nn.Identity())
         for dense, (weight, bias) in self.weights.items():
             dense.weight.copy_(weight)
             if dense.bias is None:
