@@ -164,6 +164,10 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, x: m.act(m.norm(m.dense(x))) if m.training else m.norm(m.dense(x)),
         "norm + act: left alone, they do not always follow each other",
     ),
+    "another use of the ReLU in evaluation": (
+        lambda m, x: m.act(m.norm(m.dense(x))) if m.training else m.act(m.dense(x)),
+        "norm + act: left alone, they do not always follow each other",
+    ),
     "a function in training alone": (
         lambda m, x: F.relu(m.norm(m.dense(x))) if m.training else m.norm(m.dense(x)),
         "norm + F.relu: left alone, they do not always follow each other",
@@ -204,6 +208,15 @@ def test_optional_arguments() -> None:
     assert (
         "norm + F.relu: left alone, the model's forward has optional arguments" in fuse(function)[1]
     )
+
+
+def test_a_hooked_part_is_one_call() -> None:
+    block = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C))
+    seen: list[Tensor] = []
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    _, report = fuse(Nested(block, nn.ReLU()))
+    assert report == ["first.1: torch.nn.BatchNorm1d -> torch_bn.BatchNorm1d"]
+    assert seen == []  # nor was it called by the tracing
 
 
 def test_a_layer_called_from_inside_an_opaque_part_too() -> None:
@@ -404,7 +417,6 @@ def test_a_user_s_train_is_heeded_and_undone() -> None:
 def test_a_scripted_part_is_one_call() -> None:
     model = Net(lambda m, x: m.act(m.norm(m.scripted(x))))
     model.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, C)).double())
-    model.scripted.eval()
     assert fuse(model)[0] is model
     assert is_fused(model)
-    assert not model.scripted.training
+    assert model.scripted.training
