@@ -158,7 +158,7 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
             return _TORCHS[cls]
         if _adapted_from(cls) is not None:
             return _adapted_from(cls)
-        if subclasses and not issubclass(cls, FUSED):
+        if subclasses and not issubclass(cls, FUSED):  # however a fused forward is written
             for base in _TORCHS:
                 if issubclass(cls, base) and cls.forward is base.forward:
                     return _TORCHS[base]
