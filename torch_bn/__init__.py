@@ -13,6 +13,7 @@ from torch_bn import _onnx as _onnx
 from torch_bn import functional
 from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
+from torch_bn.folding import fold
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.lean import lean
@@ -27,6 +28,7 @@ __all__ = [
     "build_info",
     "cmake_prefix_path",
     "convert",
+    "fold",
     "functional",
     "lean",
     "revert",

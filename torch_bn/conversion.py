@@ -8,13 +8,16 @@ buffers (an optimizer goes on working), hooks of every kind, names, flags, attri
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
+from torch_bn._fuse import FUSED, class_name, drop_biases, fuse_pairs, rebased, unfuse_pairs
+from torch_bn._pairs import Flows, names
+from torch_bn.folding import is_folded
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
@@ -29,25 +32,48 @@ _OURS: dict[_Class, _Class] = {
 _TORCHS: dict[_Class, _Class] = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def convert(model: Module, *, subclasses: bool = False, report: list[str] | None = None) -> Module:
+def convert(
+    model: Module,
+    *,
+    fuse: bool = False,
+    drop_bias: bool = False,
+    subclasses: bool = False,
+    report: list[str] | None = None,
+) -> Module:
     """Make every :class:`torch.nn.BatchNorm1d` of a model a :class:`torch_bn.BatchNorm1d`.
 
     Lazy layers become :class:`torch_bn.LazyBatchNorm1d`; parametrised layers stay parametrised.
     Other layers (``SyncBatchNorm``, ``BatchNorm2d``, ...) are left alone. The model is changed in
     place, and may itself be such a layer.
 
+    With ``fuse``, a batch norm and a ReLU next to it become one layer, a
+    :class:`torch_bn.BatchNormReLU1d` or :class:`torch_bn.ReLUBatchNorm1d`. The norm changes its
+    class, and a ReLU module becomes an identity in its place, so that the names of parameters stay.
+    Pairs are found in each whole ``nn.Sequential``, and in models with a forward of their own by
+    ``torch.fx``. A pair whose parts are shared, hooked, parametrised or of derived classes, or
+    whose value between is used elsewhere, is left alone.
+
     Args:
         model: any module.
+        fuse: whether to fuse pairs of batch norm and ReLU. Where the ReLU is a function
+            (``F.relu``, ``torch.relu``, ``Tensor.relu``) a :class:`torch.fx.GraphModule` is
+            returned, which leaves out the calls.
+        drop_bias: whether to drop the bias of a Linear or Conv1d right before a batch norm, which
+            subtracts it again in training. ``running_mean`` takes it in, so evaluation is the
+            same. (An optimizer that holds the bias goes on holding it, to no effect.) A Linear is
+            taken to be fed (N, C).
         subclasses: whether to convert also layers of classes derived from
             :class:`torch.nn.BatchNorm1d`. They keep all that their class defines; where it calls
             ``super().forward``, that is ours.
         report: a list to which a line is appended for every layer that was changed, and for every
-            one that was left alone because its class is derived. (A list to fill, as the ``memo``
+            one that was left alone because its class is derived; also for every pair and bias
+            that was changed, or left alone for the reason given. (A list to fill, as the ``memo``
             of :meth:`torch.nn.Module.named_modules`, leaves the return value the model, and can
             collect over several calls.)
 
     Returns:
-        ``model``, the same object.
+        ``model``, the same object; or with ``fuse`` the graph module, if there has to be one. Its
+        children are the model's own.
 
     Example:
         >>> import torch, torch_bn
@@ -59,7 +85,21 @@ def convert(model: Module, *, subclasses: bool = False, report: list[str] | None
         ['1: torch.nn.BatchNorm1d -> torch_bn.BatchNorm1d']
         >>> type(model[1]) is torch_bn.BatchNorm1d
         True
+        >>> done, model = [], model.append(torch.nn.ReLU())
+        >>> _ = torch_bn.convert(model, fuse=True, drop_bias=True, report=done)
+        >>> done[0]
+        '1 + 2: torch_bn.BatchNorm1d + torch.nn.ReLU -> torch_bn.BatchNormReLU1d'
+        >>> done[1]
+        '0: bias dropped, 1 has it in its running_mean'
     """
+    if fuse or drop_bias:
+        flows, lines = Flows(model), [] if report is None else report
+        if flows.failure is not None:
+            lines.append(f"the model itself: not traced, only Sequentials seen: {flows.failure}")
+        if fuse:
+            model = fuse_pairs(model, flows, lines)
+        if drop_bias:
+            drop_biases(flows, lines)
 
     def ours(cls: _Class) -> _Class | None:
         if cls in _OURS:
@@ -77,6 +117,10 @@ def convert(model: Module, *, subclasses: bool = False, report: list[str] | None
 def revert(model: Module, *, subclasses: bool = False, report: list[str] | None = None) -> Module:
     """Undo :func:`convert`: make every layer of ours in a model the plain torch.nn layer again.
 
+    What ``convert(fuse=True)`` has made one layer becomes two again, if both places are in the
+    model. A fused layer that was written as such is left alone: torch.nn has no layer for it, and
+    two would need another name in the model. Dropped biases do not come back.
+
     Tools that match classes exactly, such as the fusions of ``torch.ao.quantization``, see a model
     of torch's own layers then. Changed in place, as by :func:`convert`.
 
@@ -92,19 +136,29 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
     Returns:
         ``model``, the same object.
 
+    Raises:
+        ValueError: if a layer was folded away by :func:`fold`, which cannot be undone; then nothing
+            has changed.
+
     Example:
         >>> import torch, torch_bn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch_bn.BatchNorm1d(3))
         >>> type(torch_bn.revert(model)[1]) is torch.nn.BatchNorm1d
         True
     """
+    if any(is_folded(each) for each in model.modules()):
+        raise ValueError(
+            "this model, or a part of it, comes from torch_bn.fold, and folding cannot be undone: "
+            "batch norms are in the weights of other layers. Revert the model it was made from"
+        )
+    unfuse_pairs(model, names(model), [] if report is None else report)
 
     def torchs(cls: _Class) -> _Class | None:
         if cls in _TORCHS:
             return _TORCHS[cls]
         if _adapted_from(cls) is not None:
             return _adapted_from(cls)
-        if subclasses:
+        if subclasses and not issubclass(cls, FUSED):  # however a fused forward is written
             for base in _TORCHS:
                 if issubclass(cls, base) and cls.forward is base.forward:
                     return _TORCHS[base]
@@ -122,57 +176,34 @@ def _change_classes(
     derived: Callable[[_Class], bool],
     report: list[str] | None,
 ) -> Module:
-    names = _names(model) if report is not None else {}
+    found = names(model) if report is not None else {}
     # Copies of a parametrised layer share its class; they go on sharing.
-    rebased: dict[_Class, _Class] = {}
+    classes: dict[_Class, _Class] = {}
     for module in model.modules():  # a shared module comes once
         old = type(module)
         plain = parametrize.type_before_parametrizations(module)
         new = counterpart(plain)
         if new is not None:
-            module.__class__ = new if plain is old else _rebased(old, new, rebased)
+            module.__class__ = new if plain is old else rebased(old, new, classes)
         if report is None:
             continue
-        label = ", ".join(names[id(module)])
+        label = ", ".join(found[id(module)])
         if new is not None:
             report.append(f"{label}: {_name(plain)} -> {_name(new)}")
+        elif issubclass(plain, FUSED):
+            if derived(plain):
+                report.append(f"{label}: {_name(plain)} left alone, torch.nn has no such layer")
         elif derived(plain):
             report.append(f"{label}: {_name(plain)} left alone, a subclass")
     return model
 
 
-def _names(model: Module) -> dict[int, list[str]]:
-    """All names under which each module is reached, by its id; of the model itself, its class."""
-
-    def items() -> Iterator[tuple[int, str]]:
-        yield id(model), "the model itself"
-        for prefix, parent in model.named_modules():
-            for name, child in parent._modules.items():
-                if child is not None:
-                    yield id(child), f"{prefix}.{name}" if prefix else name
-
-    result: dict[int, list[str]] = {}
-    for key, name in items():
-        result.setdefault(key, []).append(name)
-    return result
-
-
 def _name(cls: _Class) -> str:
-    if cls in _OURS:
-        return f"torch.nn.{cls.__name__}"
-    if cls in _TORCHS:
-        return f"torch_bn.{cls.__name__}"
+    if cls in _OURS or cls in _TORCHS or cls in FUSED:
+        return class_name(cls)
     if _adapted_from(cls) is not None:
         return f"{cls.__qualname__} on torch_bn"
     return str(cls.__qualname__)
-
-
-def _rebased(cls: _Class, base: _Class, done: dict[_Class, _Class]) -> _Class:
-    """The class that torch.nn.utils.parametrize made for one layer, on another base."""
-    if cls not in done:
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        done[cls] = type(f"Parametrized{base.__name__}", (base,), own)
-    return done[cls]
 
 
 # ------------------------------------------------------------------------------------------------
