@@ -38,3 +38,31 @@ def batch_norm(
         eps,
     )
     return result
+
+
+def ghost_batch_norm(
+    virtual_batch_size: int,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The public operator, which serves other devices too."""
+    result: Tensor = torch.ops.torch_bn.ghost_batch_norm(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        virtual_batch_size,
+    )
+    return result

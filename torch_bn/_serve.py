@@ -33,6 +33,8 @@ def layer(module: torch.nn.BatchNorm1d, input: Tensor) -> Any:
     # What traces must see the operator, and whoever overrides a check its call.
     if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
         return NotImplemented
+    if module.virtual_batch_size is not None and module.training:
+        return NotImplemented
     parameters, buffers = module._parameters, module._buffers
     momentum, eps = module.momentum, module.eps
     try:

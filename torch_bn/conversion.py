@@ -78,7 +78,8 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
     """Undo :func:`convert`: make every layer of ours in a model the plain torch.nn layer again.
 
     Tools that match classes exactly, such as the fusions of ``torch.ao.quantization``, see a model
-    of torch's own layers then. Changed in place, as by :func:`convert`.
+    of torch's own layers then. Changed in place, as by :func:`convert`. Layers with an option that
+    torch's layer does not have, such as ``virtual_batch_size``, are left alone and reported.
 
     Args:
         model: any module.
@@ -129,6 +130,9 @@ def _change_classes(
         old = type(module)
         plain = parametrize.type_before_parametrizations(module)
         new = counterpart(plain)
+        option = _own_option(module) if new is not None and new not in _TORCHS else None
+        if option is not None:
+            new = None
         if new is not None:
             module.__class__ = new if plain is old else _rebased(old, new, rebased)
         if report is None:
@@ -136,9 +140,18 @@ def _change_classes(
         label = ", ".join(names[id(module)])
         if new is not None:
             report.append(f"{label}: {_name(plain)} -> {_name(new)}")
+        elif option is not None:
+            report.append(f"{label}: {_name(plain)} left alone, it has {option}")
         elif derived(plain):
             report.append(f"{label}: {_name(plain)} left alone, a subclass")
     return model
+
+
+def _own_option(module: Module) -> str | None:
+    """An option of a layer that torch's layer cannot have, by name and value."""
+    if getattr(module, "virtual_batch_size", None) is not None:
+        return f"virtual_batch_size={module.virtual_batch_size}"
+    return None
 
 
 def _names(model: Module) -> dict[int, list[str]]:

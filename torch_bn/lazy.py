@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from torch_bn import _ghost
 from torch_bn.modules import BatchNorm1d
 
 __all__ = ["LazyBatchNorm1d"]
@@ -25,6 +28,7 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
         device: of parameters and buffers.
         dtype: of parameters and running statistics.
         bias: whether there is a learnable bias (if ``affine``).
+        virtual_batch_size: as of :class:`torch_bn.BatchNorm1d`.
 
     Shape:
         - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
@@ -44,6 +48,27 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
     """
 
     cls_to_become = BatchNorm1d
+    __constants__ = BatchNorm1d.__constants__
+    virtual_batch_size: int | None = None
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        _ghost.check_size(virtual_batch_size)
+        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
+            self.virtual_batch_size = virtual_batch_size
+
+    extra_repr = BatchNorm1d.extra_repr
 
     # A module's call fetches its forward before the hook that makes it a BatchNorm1d runs.
     forward = BatchNorm1d.forward

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 
-from torch_bn import _script, _serve
+from torch_bn import _ghost, _script, _serve
 
 __all__ = ["BatchNorm1d"]
 
@@ -30,14 +32,21 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         device: of parameters and buffers; torch's own implementation serves others than CPU.
         dtype: of parameters and running statistics.
         bias: whether there is a learnable bias (if ``affine``).
+        virtual_batch_size: rows of a chunk of ghost batch norm, or None for the whole batch. In
+            training, chunks of so many consecutive rows (of dimension 0) are normalised each by its
+            own statistics, and move the running statistics one after the other, each counted in
+            ``num_batches_tracked``. The last chunk may be shorter; a last row of a single value per
+            channel joins the chunk before. May be set anew at any time.
 
     Shape:
         - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
         - Output: the input's shape and dtype, contiguous
 
     Raises:
-        ValueError: in forward, for an input that is neither 2D nor 3D, one value per channel in
+        ValueError: for a ``virtual_batch_size`` that is not positive; in forward, for an input that
+            is neither 2D nor 3D, one value per channel (of the batch, or of every chunk) in
             training, or an ``eps`` that is not positive.
+        TypeError: for a ``virtual_batch_size`` that is no integer.
         RuntimeError: in forward, for another number of channels or a dtype that does not fit.
         NotImplementedError: in forward, for an integer or complex input.
 
@@ -49,7 +58,45 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         [[-0.9999949932098389, -0.9999987483024597], [0.9999949932098389, 0.9999987483024597]]
         >>> layer.running_mean
         tensor([10.0000,  0.2000])
+        >>> ghost = torch_bn.BatchNorm1d(1, virtual_batch_size=2)
+        >>> ghost(torch.tensor([[0.0], [8.0], [100.0], [104.0]])).flatten().round(decimals=3)
+        tensor([-1.,  1., -1.,  1.], grad_fn=<RoundBackward1>)
+        >>> ghost.num_batches_tracked
+        tensor(2)
     """
+
+    __constants__ = [*torch.nn.BatchNorm1d.__constants__, "virtual_batch_size"]  # noqa: RUF012
+
+    # Of the class, so that layers have it that were pickled without, or made by a change of class.
+    virtual_batch_size: int | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        _ghost.check_size(virtual_batch_size)
+        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
+            self.virtual_batch_size = virtual_batch_size
+
+    def extra_repr(self) -> str:
+        """The options of torch's layer, and those of ours that are set."""
+        # Of a lazy layer too, for which super() would not do.
+        text: str = torch.nn.BatchNorm1d.extra_repr(self)  # type: ignore[no-untyped-call]
+        if self.virtual_batch_size is not None:
+            text += f", virtual_batch_size={self.virtual_batch_size}"
+        return text
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``; in training, update the running statistics and their counter."""
@@ -79,6 +126,11 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             self.momentum,
             self.eps,
         )
+        if training and self.virtual_batch_size is not None:
+            if is_scripting():
+                return _script.ghost_batch_norm(self.virtual_batch_size, *arguments)
+            else:
+                return _ghost.batch_norm(self.virtual_batch_size, *arguments)
         if is_scripting():
             return _script.batch_norm(*arguments)
         else:
