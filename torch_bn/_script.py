@@ -40,8 +40,9 @@ def batch_norm(
     return result
 
 
-def ghost_batch_norm(
-    virtual_batch_size: int,
+def layer(
+    virtual_batch_size: int | None,
+    channels_last: bool,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -52,17 +53,32 @@ def ghost_batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """The public operator, which serves other devices too."""
-    result: Tensor = torch.ops.torch_bn.ghost_batch_norm(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        virtual_batch_size,
-    )
-    return result
+    """The layer with its options."""
+    transposed = channels_last and input.dim() == 3
+    x = input.transpose(1, 2) if transposed else input
+    if virtual_batch_size is None:
+        result = batch_norm(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+    else:
+        result = torch.ops.torch_bn.ghost_batch_norm(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            virtual_batch_size,
+        )
+    return result.transpose(1, 2).contiguous() if transposed else result

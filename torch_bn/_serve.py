@@ -33,7 +33,7 @@ def layer(module: torch.nn.BatchNorm1d, input: Tensor) -> Any:
     # What traces must see the operator, and whoever overrides a check its call.
     if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
         return NotImplemented
-    if module.virtual_batch_size is not None and module.training:
+    if module.virtual_batch_size is not None or module.channels_last:
         return NotImplemented
     parameters, buffers = module._parameters, module._buffers
     momentum, eps = module.momentum, module.eps

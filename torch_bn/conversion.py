@@ -151,6 +151,8 @@ def _own_option(module: Module) -> str | None:
     """An option of a layer that torch's layer cannot have, by name and value."""
     if getattr(module, "virtual_batch_size", None) is not None:
         return f"virtual_batch_size={module.virtual_batch_size}"
+    if getattr(module, "channels_last", False):
+        return "channels_last=True"
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 
-from torch_bn import _ghost, _script, _serve
+from torch_bn import _ghost, _script, _sequences, _serve
 
 __all__ = ["BatchNorm1d"]
 
@@ -37,16 +37,23 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             own statistics, and move the running statistics one after the other, each counted in
             ``num_batches_tracked``. The last chunk may be shorter; a last row of a single value per
             channel joins the chunk before. May be set anew at any time.
+        channels_last: whether sequences are (N, L, C) and not (N, C, L). May be set anew at any
+            time.
 
     Shape:
-        - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
+        - Input: (N, C) or (N, C, L), with ``channels_last`` (N, C) or (N, L, C); float32, float64,
+          bfloat16 or float16
+        - Lengths: (N), of any integer type, in [0, L]
+        - Mask: (N, L), bool
         - Output: the input's shape and dtype, contiguous
 
     Raises:
         ValueError: for a ``virtual_batch_size`` that is not positive; in forward, for an input that
-            is neither 2D nor 3D, one value per channel (of the batch, or of every chunk) in
-            training, or an ``eps`` that is not positive.
-        TypeError: for a ``virtual_batch_size`` that is no integer.
+            is neither 2D nor 3D, one value per channel (of the batch, or of a chunk) in training,
+            or an ``eps`` that is not positive; for ``lengths`` or a ``mask`` of another size, out
+            of range, beside each other, or beside a 2D input.
+        TypeError: for a ``virtual_batch_size`` that is no integer, ``lengths`` that are no integer
+            tensor or a ``mask`` that is no bool tensor.
         RuntimeError: in forward, for another number of channels or a dtype that does not fit.
         NotImplementedError: in forward, for an integer or complex input.
 
@@ -63,12 +70,24 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         tensor([-1.,  1., -1.,  1.], grad_fn=<RoundBackward1>)
         >>> ghost.num_batches_tracked
         tensor(2)
+        >>> sequences = torch.tensor([[[1.0, 2.0, 3.0]], [[2.0, 0.0, 0.0]]])
+        >>> y = torch_bn.BatchNorm1d(1, eps=0.5)(sequences, lengths=torch.tensor([3, 1]))
+        >>> y.detach()
+        tensor([[[-1.,  0.,  1.]],
+        <BLANKLINE>
+                [[ 0.,  0.,  0.]]])
     """
 
-    __constants__ = [*torch.nn.BatchNorm1d.__constants__, "virtual_batch_size"]  # noqa: RUF012
+    __constants__ = [  # noqa: RUF012
+        *torch.nn.BatchNorm1d.__constants__,
+        "virtual_batch_size",
+        "channels_last",
+    ]
 
-    # Of the class, so that layers have it that were pickled without, or made by a change of class.
+    # Of the class, so that layers have them that were pickled without, or made by a change of
+    # class.
     virtual_batch_size: int | None = None
+    channels_last: bool = False
 
     def __init__(
         self,
@@ -82,6 +101,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         *,
         bias: bool = True,
         virtual_batch_size: int | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
@@ -89,6 +109,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         _ghost.check_size(virtual_batch_size)
         if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
             self.virtual_batch_size = virtual_batch_size
+        if channels_last:
+            self.channels_last = True
 
     def extra_repr(self) -> str:
         """The options of torch's layer, and those of ours that are set."""
@@ -96,14 +118,26 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         text: str = torch.nn.BatchNorm1d.extra_repr(self)  # type: ignore[no-untyped-call]
         if self.virtual_batch_size is not None:
             text += f", virtual_batch_size={self.virtual_batch_size}"
+        if self.channels_last:
+            text += f", channels_last={self.channels_last}"
         return text
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input``; in training, update the running statistics and their counter."""
-        if not is_scripting():
-            result: Tensor = _serve.layer(self, input)
-            if result is not NotImplemented:
-                return result
+    def forward(
+        self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalise ``input``; in training, update the running statistics and their counter.
+
+        Args:
+            input: see the class.
+            lengths: of padded sequences, how many steps count in each.
+            mask: which steps count, True for those that do. The others are left out of the
+                statistics, whatever they hold; they are zero in the result, and get no gradient.
+        """
+        if not is_scripting():  # noqa: SIM102  (it stands alone for TorchScript)
+            if lengths is None and mask is None:
+                result: Tensor = _serve.layer(self, input)
+                if result is not NotImplemented:
+                    return result
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
         if is_scripting():  # noqa: SIM114
             self._check_input_dim(input)
@@ -126,12 +160,21 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             self.momentum,
             self.eps,
         )
-        if training and self.virtual_batch_size is not None:
-            if is_scripting():
-                return _script.ghost_batch_norm(self.virtual_batch_size, *arguments)
-            else:
-                return _ghost.batch_norm(self.virtual_batch_size, *arguments)
+        virtual_batch_size = self.virtual_batch_size if training else None
         if is_scripting():
-            return _script.batch_norm(*arguments)
+            if lengths is not None or mask is not None:
+                raise RuntimeError("torch_bn: lengths and mask are not served in TorchScript")
+            return _script.layer(virtual_batch_size, self.channels_last, *arguments)
         else:
+            # FX gives every argument of the layer that it traces by itself a proxy, given or not.
+            if isinstance(lengths, Proxy) and lengths.tracer.root is self:
+                lengths = None
+            if isinstance(mask, Proxy) and mask.tracer.root is self:
+                mask = None
+            if self.channels_last or lengths is not None or mask is not None:
+                return _sequences.batch_norm(
+                    input, arguments[1:], virtual_batch_size, self.channels_last, lengths, mask
+                )
+            if virtual_batch_size is not None:
+                return _ghost.batch_norm(virtual_batch_size, *arguments)
             return _serve.batch_norm(*arguments)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["ghost.md"]
+PAGES = ["ghost.md", "sequences.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -72,7 +72,7 @@ def assert_twins(change: Callable[[nn.Module], Any], rounds: int = 2, **options:
 
 @pytest.mark.parametrize(("ours", "theirs"), [LAYERS[::-1], LAZY_LAYERS[::-1]])
 def test_signature(ours: type, theirs: type) -> None:
-    own = ["virtual_batch_size"]
+    own = ["virtual_batch_size", "channels_last"]
     parameters = list(inspect.signature(ours).parameters.items())
     # Types are stated where torch's layer states none.
     assert [(name, each.kind, each.default) for name, each in parameters[: -len(own)]] == [
