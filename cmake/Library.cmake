@@ -10,6 +10,7 @@ add_library(torch_bn_objects OBJECT
   csrc/nn/functional.cpp
   csrc/nn/modules.cpp
   csrc/nn/options.cpp
+  csrc/nn/sequences.cpp
   csrc/nn/serve.cpp
   csrc/ops/autograd.cpp
   csrc/ops/checks.cpp

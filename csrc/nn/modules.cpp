@@ -1,6 +1,7 @@
 #include <torch/nn/init.h>
 #include <torch_bn/modules.h>
 
+#include "sequences.h"
 #include "serve.h"
 
 namespace torch_bn {
@@ -56,7 +57,10 @@ void BatchNormImplBase<Derived>::pretty_print(std::ostream& stream) const {
   }
   stream << ", affine=" << options.affine();
   if (options.affine() && !options.bias()) stream << ", bias=false";
-  stream << ", track_running_stats=" << options.track_running_stats() << ')';
+  stream << ", track_running_stats=" << options.track_running_stats();
+  if (options.virtual_batch_size()) stream << ", virtual_batch_size=" << *options.virtual_batch_size();
+  if (options.channels_last()) stream << ", channels_last=true";
+  stream << ')';
 }
 
 template class BatchNormImplBase<BatchNorm1dImpl>;
@@ -67,13 +71,35 @@ const char* BatchNorm1dImpl::layer_name() {
   return "BatchNorm1d";
 }
 
+namespace {
+
+nn::Layer layer_of(const BatchNorm1dImpl& module) {
+  const bool training = module.is_training();
+  const bool tracks = module.options.track_running_stats();
+  return {module.weight,
+          module.bias,
+          module.running_mean,
+          module.running_var,
+          training && tracks ? module.num_batches_tracked : torch::Tensor(),
+          /*by_batch=*/training || !tracks,
+          module.options.momentum(),
+          module.options.eps(),
+          training ? module.options.virtual_batch_size() : std::nullopt,
+          module.options.channels_last()};
+}
+
+}  // namespace
+
 torch::Tensor BatchNorm1dImpl::forward(const torch::Tensor& input) {
   TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
-  const bool training = is_training();
-  const bool tracks = options.track_running_stats();
-  return nn::batch_norm(input, weight, bias, running_mean, running_var,
-                        training && tracks ? num_batches_tracked : torch::Tensor(), training || !tracks,
-                        options.momentum(), options.eps());
+  const nn::Layer layer = layer_of(*this);
+  if (layer.virtual_batch_size || layer.channels_last) return nn::sequences(input, layer);
+  return nn::batch_norm(input, layer.weight, layer.bias, layer.running_mean, layer.running_var,
+                        layer.num_batches_tracked, layer.by_batch, layer.momentum, layer.eps);
+}
+
+torch::Tensor BatchNorm1dImpl::forward_masked(const torch::Tensor& input, const torch::Tensor& steps) {
+  return nn::masked_sequences(input, steps, layer_of(*this));
 }
 
 }  // namespace torch_bn

@@ -342,3 +342,18 @@ def test_lazy() -> None:
     assert_same_bits(step(lazy, x, g), step(ordinary, x, g, 4))
     assert type(lazy) is torch_bn.BatchNorm1d
     assert lazy.virtual_batch_size == 4
+
+
+class GhostOfEight(torch_bn.BatchNorm1d):
+    virtual_batch_size = 8
+
+
+class EpsByProperty(torch_bn.BatchNorm1d):
+    eps = property(lambda self: 0.5, lambda self, value: None)
+
+
+def test_options_of_subclasses() -> None:
+    x, g = torch.randn(20, 3), torch.randn(20, 3)
+    by_option = torch_bn.BatchNorm1d(3, virtual_batch_size=8)
+    assert_same_bits(step(GhostOfEight(3), x, g), step(by_option, x, g))
+    assert torch.equal(EpsByProperty(3)(x), torch_bn.BatchNorm1d(3, eps=0.5)(x))
