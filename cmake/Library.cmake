@@ -10,6 +10,7 @@ add_library(torch_bn_objects OBJECT
   csrc/nn/functional.cpp
   csrc/nn/modules.cpp
   csrc/nn/options.cpp
+  csrc/nn/sequences.cpp
   csrc/nn/serve.cpp
   csrc/ops/autograd.cpp
   csrc/ops/checks.cpp
@@ -17,6 +18,9 @@ add_library(torch_bn_objects OBJECT
   csrc/ops/plain.cpp
   csrc/ops/decompose.cpp
   csrc/ops/functorch.cpp
+  csrc/ops/ghost.cpp
+  csrc/ops/ghost_autograd.cpp
+  csrc/ops/ghost_cpu.cpp
   csrc/ops/memory.cpp
   csrc/ops/meta.cpp
   csrc/ops/schema.cpp)
@@ -24,6 +28,8 @@ target_compile_definitions(torch_bn_objects PRIVATE
   TORCH_BN_VERSION="${PROJECT_VERSION}"
   TORCH_BN_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 target_compile_options(torch_bn_objects PRIVATE -Wall -Wextra)
+# It moves running statistics to the bits that the kernels have, which are compiled so too.
+set_source_files_properties(csrc/ops/ghost_cpu.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 target_include_directories(torch_bn_objects PRIVATE csrc/include)
 target_link_libraries(torch_bn_objects PRIVATE torch OpenMP::OpenMP_CXX)
 set_target_properties(torch_bn_objects PROPERTIES POSITION_INDEPENDENT_CODE ON)

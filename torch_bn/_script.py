@@ -66,3 +66,53 @@ def batch_norm(
             eps,
         )
     return result
+
+
+def layer(
+    virtual_batch_size: int | None,
+    channels_last: bool,
+    relu: int,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The layer with its options."""
+    transposed = channels_last and input.dim() == 3
+    x = input.transpose(1, 2) if transposed else input
+    if virtual_batch_size is not None and relu == 2:
+        x = torch.relu(x)
+    if virtual_batch_size is None:
+        result = batch_norm(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            relu,
+        )
+    else:
+        result = torch.ops.torch_bn.ghost_batch_norm(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            virtual_batch_size,
+        )
+        if relu == 1:
+            result = torch.relu(result)
+    return result.transpose(1, 2).contiguous() if transposed else result

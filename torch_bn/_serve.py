@@ -40,19 +40,17 @@ def layer(module: torch.nn.BatchNorm1d, input: Tensor, relu: int) -> Any:
     # What traces must see the operator, and whoever overrides a check its call.
     if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
         return NotImplemented
-    parameters, buffers = module._parameters, module._buffers
-    momentum, eps = module.momentum, module.eps
+    if module.virtual_batch_size is not None or module.channels_last:
+        return NotImplemented
+    own = module.__dict__  # reading attributes of a module takes several times as long
     try:
-        return _layer_forward(
-            input,
-            parameters,
-            buffers,
-            module.training,
-            module.track_running_stats,
-            momentum,
-            eps,
-            relu,
-        )
+        parameters, buffers = own["_parameters"], own["_buffers"]
+        training, tracks = own["training"], own["track_running_stats"]
+        momentum, eps = own["momentum"], own["eps"]
+    except KeyError:  # a subclass may have made a property of one
+        return NotImplemented
+    try:
+        return _layer_forward(input, parameters, buffers, training, tracks, momentum, eps, relu)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         statistics = (buffers["running_mean"], buffers["running_var"])
         tensors = (input, *statistics, parameters["weight"], parameters["bias"])

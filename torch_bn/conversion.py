@@ -122,7 +122,8 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
     two would need another name in the model. Dropped biases do not come back.
 
     Tools that match classes exactly, such as the fusions of ``torch.ao.quantization``, see a model
-    of torch's own layers then. Changed in place, as by :func:`convert`.
+    of torch's own layers then. Changed in place, as by :func:`convert`. Layers with an option that
+    torch's layer does not have, such as ``virtual_batch_size``, are left alone and reported.
 
     Args:
         model: any module.
@@ -183,6 +184,9 @@ def _change_classes(
         old = type(module)
         plain = parametrize.type_before_parametrizations(module)
         new = counterpart(plain)
+        option = _own_option(module) if new is not None and new not in _TORCHS else None
+        if option is not None:
+            new = None
         if new is not None:
             module.__class__ = new if plain is old else rebased(old, new, classes)
         if report is None:
@@ -190,12 +194,23 @@ def _change_classes(
         label = ", ".join(found[id(module)])
         if new is not None:
             report.append(f"{label}: {_name(plain)} -> {_name(new)}")
+        elif option is not None:
+            report.append(f"{label}: {_name(plain)} left alone, it has {option}")
         elif issubclass(plain, FUSED):
             if derived(plain):
                 report.append(f"{label}: {_name(plain)} left alone, torch.nn has no such layer")
         elif derived(plain):
             report.append(f"{label}: {_name(plain)} left alone, a subclass")
     return model
+
+
+def _own_option(module: Module) -> str | None:
+    """An option of a layer that torch's layer cannot have, by name and value."""
+    if getattr(module, "virtual_batch_size", None) is not None:
+        return f"virtual_batch_size={module.virtual_batch_size}"
+    if getattr(module, "channels_last", False):
+        return "channels_last=True"
+    return None
 
 
 def _name(cls: _Class) -> str:

@@ -24,7 +24,9 @@ class BatchNormReLU1d(BatchNorm1d):
     backward. It computes the ReLU's mask again, by the instructions of the forward.
 
     Constructor, parameters, buffers, ``state_dict``, what is raised, and ``running_mean`` and
-    ``running_var``, which are those of the input, are those of :class:`torch_bn.BatchNorm1d`.
+    ``running_var``, which are those of the input, are those of :class:`torch_bn.BatchNorm1d`. With
+    ``virtual_batch_size``, ``channels_last``, ``lengths`` or ``mask`` the ReLU is an operation of
+    its own.
 
     Shape:
         - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
@@ -38,13 +40,16 @@ class BatchNormReLU1d(BatchNorm1d):
         [[0.0, 0.0], [0.9999949932098389, 0.9999987483024597]]
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input``, then apply the ReLU; in training, update the statistics."""
-        if not is_scripting():
-            result: Tensor = _serve.layer(self, input, 1)
-            if result is not NotImplemented:
-                return result
-        return self._step_by_step(input, 1)
+    def forward(
+        self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalise ``input``, then apply the ReLU; arguments are those of the base class."""
+        if not is_scripting():  # noqa: SIM102  (it stands alone for TorchScript)
+            if lengths is None and mask is None:
+                result: Tensor = _serve.layer(self, input, 1)
+                if result is not NotImplemented:
+                    return result
+        return self._step_by_step(input, lengths, mask, 1)
 
 
 class ReLUBatchNorm1d(BatchNorm1d):
@@ -71,10 +76,13 @@ class ReLUBatchNorm1d(BatchNorm1d):
         [[-0.9999949932098389], [0.9999949932098389]]
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the ReLU to ``input``, then normalise; in training, update the statistics."""
-        if not is_scripting():
-            result: Tensor = _serve.layer(self, input, 2)
-            if result is not NotImplemented:
-                return result
-        return self._step_by_step(input, 2)
+    def forward(
+        self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Apply the ReLU to ``input``, then normalise; arguments are those of the base class."""
+        if not is_scripting():  # noqa: SIM102  (it stands alone for TorchScript)
+            if lengths is None and mask is None:
+                result: Tensor = _serve.layer(self, input, 2)
+                if result is not NotImplemented:
+                    return result
+        return self._step_by_step(input, lengths, mask, 2)

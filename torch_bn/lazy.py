@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from torch_bn import _ghost
 from torch_bn.modules import BatchNorm1d
 
 __all__ = ["LazyBatchNorm1d"]
@@ -25,6 +29,8 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
         device: of parameters and buffers.
         dtype: of parameters and running statistics.
         bias: whether there is a learnable bias (if ``affine``).
+        virtual_batch_size: as of :class:`torch_bn.BatchNorm1d`.
+        channels_last: likewise. Then ``num_features`` is the first input's ``size(-1)``.
 
     Shape:
         - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
@@ -44,6 +50,36 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
     """
 
     cls_to_become = BatchNorm1d
+    __constants__ = BatchNorm1d.__constants__
+    virtual_batch_size: int | None = None
+    channels_last: bool = False
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        _ghost.check_size(virtual_batch_size)
+        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
+            self.virtual_batch_size = virtual_batch_size
+        if channels_last:
+            self.channels_last = True
+
+    def initialize_parameters(self, input: Tensor, **_: Any) -> None:
+        """Take the number of channels from the first input, before the forward has checked it."""
+        by_position = self.channels_last and input.dim() == 3
+        super().initialize_parameters(input.transpose(1, 2) if by_position else input)
+
+    extra_repr = BatchNorm1d.extra_repr
 
     # A module's call fetches its forward before the hook that makes it a BatchNorm1d runs.
     forward = BatchNorm1d.forward

@@ -42,8 +42,9 @@ def lean() -> Iterator[None]:
     Kontschieder 2018), needs an activation that can be inverted, which a ReLU is not, and loses
     digits where the weight is small.
 
-    Put the forward under it; the backward may come after. Layers of subclasses, in evaluation, and
-    inside compiled models are kept as always. Hooks on a layer that return another output leave
+    Put the forward under it; the backward may come after. Outputs of subclasses, in evaluation,
+    of layers with an option that ``torch.nn.BatchNorm1d`` lacks, and inside compiled models are
+    kept as always. Hooks on a layer that return another output leave
     that one kept.
 
     Raises:
@@ -62,8 +63,10 @@ def lean() -> Iterator[None]:
     outputs: dict[int, _Output] = {}
     owner = threading.get_ident()
 
-    def note(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if type(module) in _RELU and threading.get_ident() == owner:
+    def note(
+        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if type(module) in _RELU and threading.get_ident() == owner and not kwargs:
             made = _Output.of(module, args, output)  # type: ignore[arg-type]
             if made is not None:
                 outputs[output.data_ptr()] = made
@@ -75,7 +78,7 @@ def lean() -> Iterator[None]:
     def unpack(packed: Tensor | _Output) -> Tensor:
         return packed.again() if isinstance(packed, _Output) else packed
 
-    handle = register_module_forward_hook(note)
+    handle = register_module_forward_hook(note, with_kwargs=True)
     try:
         with saved_tensors_hooks(pack, unpack):
             yield
@@ -103,6 +106,7 @@ class _Output:
     @staticmethod
     def of(module: BatchNorm1d, args: tuple[Any, ...], output: Any) -> _Output | None:
         by_batch = module.training or module.running_mean is None
+        by_batch &= module.virtual_batch_size is None and not module.channels_last
         plain = len(args) == 1 and type(args[0]) is Tensor and type(output) is Tensor
         if not (by_batch and plain and output.is_cpu and output.requires_grad):
             return None

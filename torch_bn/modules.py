@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 
-from torch_bn import _script, _serve
+from torch_bn import _ghost, _script, _sequences, _serve
 
 __all__ = ["BatchNorm1d"]
 
@@ -30,14 +32,28 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         device: of parameters and buffers; torch's own implementation serves others than CPU.
         dtype: of parameters and running statistics.
         bias: whether there is a learnable bias (if ``affine``).
+        virtual_batch_size: rows of a chunk of ghost batch norm, or None for the whole batch. In
+            training, chunks of so many consecutive rows (of dimension 0) are normalised each by its
+            own statistics, and move the running statistics one after the other, each counted in
+            ``num_batches_tracked``. The last chunk may be shorter; a last row of a single value per
+            channel joins the chunk before. May be set anew at any time.
+        channels_last: whether sequences are (N, L, C) and not (N, C, L). May be set anew at any
+            time.
 
     Shape:
-        - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
+        - Input: (N, C) or (N, C, L), with ``channels_last`` (N, C) or (N, L, C); float32, float64,
+          bfloat16 or float16
+        - Lengths: (N), of any integer type, in [0, L]
+        - Mask: (N, L), bool
         - Output: the input's shape and dtype, contiguous
 
     Raises:
-        ValueError: in forward, for an input that is neither 2D nor 3D, one value per channel in
-            training, or an ``eps`` that is not positive.
+        ValueError: for a ``virtual_batch_size`` that is not positive; in forward, for an input that
+            is neither 2D nor 3D, one value per channel (of the batch, or of a chunk) in training,
+            or an ``eps`` that is not positive; for ``lengths`` or a ``mask`` of another size, out
+            of range, beside each other, or beside a 2D input.
+        TypeError: for a ``virtual_batch_size`` that is no integer, ``lengths`` that are no integer
+            tensor or a ``mask`` that is no bool tensor.
         RuntimeError: in forward, for another number of channels or a dtype that does not fit.
         NotImplementedError: in forward, for an integer or complex input.
 
@@ -49,17 +65,84 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         [[-0.9999949932098389, -0.9999987483024597], [0.9999949932098389, 0.9999987483024597]]
         >>> layer.running_mean
         tensor([10.0000,  0.2000])
+        >>> ghost = torch_bn.BatchNorm1d(1, virtual_batch_size=2)
+        >>> ghost(torch.tensor([[0.0], [8.0], [100.0], [104.0]])).flatten().round(decimals=3)
+        tensor([-1.,  1., -1.,  1.], grad_fn=<RoundBackward1>)
+        >>> ghost.num_batches_tracked
+        tensor(2)
+        >>> sequences = torch.tensor([[[1.0, 2.0, 3.0]], [[2.0, 0.0, 0.0]]])
+        >>> y = torch_bn.BatchNorm1d(1, eps=0.5)(sequences, lengths=torch.tensor([3, 1]))
+        >>> y.detach()
+        tensor([[[-1.,  0.,  1.]],
+        <BLANKLINE>
+                [[ 0.,  0.,  0.]]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input``; in training, update the running statistics and their counter."""
-        if not is_scripting():
-            result: Tensor = _serve.layer(self, input, 0)
-            if result is not NotImplemented:
-                return result
-        return self._step_by_step(input, 0)
+    __constants__ = [  # noqa: RUF012
+        *torch.nn.BatchNorm1d.__constants__,
+        "virtual_batch_size",
+        "channels_last",
+    ]
 
-    def _step_by_step(self, input: Tensor, relu: int) -> Tensor:
+    # Of the class, so that layers have them that were pickled without, or made by a change of
+    # class.
+    virtual_batch_size: int | None = None
+    channels_last: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        _ghost.check_size(virtual_batch_size)
+        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
+            self.virtual_batch_size = virtual_batch_size
+        if channels_last:
+            self.channels_last = True
+
+    def extra_repr(self) -> str:
+        """The options of torch's layer, and those of ours that are set."""
+        # Of a lazy layer too, for which super() would not do.
+        text: str = torch.nn.BatchNorm1d.extra_repr(self)  # type: ignore[no-untyped-call]
+        if self.virtual_batch_size is not None:
+            text += f", virtual_batch_size={self.virtual_batch_size}"
+        if self.channels_last:
+            text += f", channels_last={self.channels_last}"
+        return text
+
+    def forward(
+        self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalise ``input``; in training, update the running statistics and their counter.
+
+        Args:
+            input: see the class.
+            lengths: of padded sequences, how many steps count in each.
+            mask: which steps count, True for those that do. The others are left out of the
+                statistics, whatever they hold; they are zero in the result, and get no gradient.
+        """
+        if not is_scripting():  # noqa: SIM102  (it stands alone for TorchScript)
+            if lengths is None and mask is None:
+                result: Tensor = _serve.layer(self, input, 0)
+                if result is not NotImplemented:
+                    return result
+        return self._step_by_step(input, lengths, mask, 0)
+
+    def _step_by_step(
+        self, input: Tensor, lengths: Tensor | None, mask: Tensor | None, relu: int
+    ) -> Tensor:
         """The forward in Python, with or without a ReLU in the same sweeps (see _serve)."""
         # TorchScript leaves out the branch not taken, but only where is_scripting() stands alone.
         if is_scripting():  # noqa: SIM114
@@ -82,9 +165,33 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
-            relu,
         )
+        virtual_batch_size = self.virtual_batch_size if training else None
         if is_scripting():
-            return _script.batch_norm(*arguments)
+            if lengths is not None or mask is not None:
+                raise RuntimeError("torch_bn: lengths and mask are not served in TorchScript")
+            return _script.layer(virtual_batch_size, self.channels_last, relu, *arguments)
         else:
-            return _serve.batch_norm(*arguments)
+            # FX gives every argument of the layer that it traces by itself a proxy, given or not.
+            if isinstance(lengths, Proxy) and lengths.tracer.root is self:
+                lengths = None
+            if isinstance(mask, Proxy) and mask.tracer.root is self:
+                mask = None
+            of_sequences = self.channels_last or lengths is not None or mask is not None
+            if not of_sequences and virtual_batch_size is None:
+                return _serve.batch_norm(*arguments, relu)
+            # With these a ReLU is an operation of its own.
+            if relu == _serve.RELU_BEFORE:
+                arguments = (torch.relu(input), *arguments[1:])
+            if of_sequences or virtual_batch_size is None:
+                y = _sequences.batch_norm(
+                    arguments[0],
+                    arguments[1:],
+                    virtual_batch_size,
+                    self.channels_last,
+                    lengths,
+                    mask,
+                )
+            else:
+                y = _ghost.batch_norm(virtual_batch_size, *arguments)
+            return torch.relu(y) if relu == _serve.RELU_AFTER else y

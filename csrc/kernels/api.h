@@ -40,7 +40,9 @@ struct ChannelView {
   std::int64_t stride;
 };
 
-// Training forward, or evaluation forward when `training` is false.
+// Training forward, or evaluation forward when `training` is false. A training forward leaves in scratch the
+// batch's means, and behind them its sums of squared deviations: 2 * C doubles, whether or not there are running
+// statistics.
 struct ForwardArgs {
   Shape shape;
   DType dtype;        // of input and output
@@ -62,7 +64,8 @@ struct ForwardArgs {
   int threads;
 };
 
-// Gradients; each of the three outputs may be null when it is not asked for.
+// Gradients; each of the three outputs may be null when it is not asked for. Where sums were taken they are left
+// in scratch, 2 * C doubles: those of grad_output, and behind them of grad_output * (input - mean).
 struct BackwardArgs {
   Shape shape;
   DType dtype;

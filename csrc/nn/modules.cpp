@@ -1,6 +1,7 @@
 #include <torch/nn/init.h>
 #include <torch_bn/modules.h>
 
+#include "sequences.h"
 #include "serve.h"
 
 namespace torch_bn {
@@ -56,7 +57,10 @@ void BatchNormImplBase<Derived>::pretty_print(std::ostream& stream) const {
   }
   stream << ", affine=" << options.affine();
   if (options.affine() && !options.bias()) stream << ", bias=false";
-  stream << ", track_running_stats=" << options.track_running_stats() << ')';
+  stream << ", track_running_stats=" << options.track_running_stats();
+  if (options.virtual_batch_size()) stream << ", virtual_batch_size=" << *options.virtual_batch_size();
+  if (options.channels_last()) stream << ", channels_last=true";
+  stream << ')';
 }
 
 template class BatchNormImplBase<BatchNorm1dImpl>;
@@ -67,14 +71,33 @@ template class BatchNormImplBase<ReLUBatchNorm1dImpl>;
 
 namespace {
 
-template <typename Layer>
-torch::Tensor forward(ops::Relu relu, const Layer& layer, const torch::Tensor& input) {
+template <typename Module>
+nn::Layer layer_of(const Module& module) {
+  const bool training = module.is_training();
+  const bool tracks = module.options.track_running_stats();
+  return {module.weight,
+          module.bias,
+          module.running_mean,
+          module.running_var,
+          training && tracks ? module.num_batches_tracked : torch::Tensor(),
+          /*by_batch=*/training || !tracks,
+          module.options.momentum(),
+          module.options.eps(),
+          training ? module.options.virtual_batch_size() : std::nullopt,
+          module.options.channels_last()};
+}
+
+template <typename Module>
+torch::Tensor forward(ops::Relu relu, const Module& module, const torch::Tensor& input) {
   TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
-  const bool training = layer.is_training();
-  const bool tracks = layer.options.track_running_stats();
+  const nn::Layer layer = layer_of(module);
+  if (layer.virtual_batch_size || layer.channels_last) {
+    // With these a ReLU is an operation of its own.
+    const auto y = nn::sequences(relu == ops::Relu::before ? torch::relu(input) : input, layer);
+    return relu == ops::Relu::after ? torch::relu(y) : y;
+  }
   return nn::batch_norm(relu, input, layer.weight, layer.bias, layer.running_mean, layer.running_var,
-                        training && tracks ? layer.num_batches_tracked : torch::Tensor(), training || !tracks,
-                        layer.options.momentum(), layer.options.eps());
+                        layer.num_batches_tracked, layer.by_batch, layer.momentum, layer.eps);
 }
 
 }  // namespace
@@ -84,6 +107,9 @@ const char* BatchNorm1dImpl::layer_name() {
 }
 torch::Tensor BatchNorm1dImpl::forward(const torch::Tensor& input) {
   return torch_bn::forward(ops::Relu::none, *this, input);
+}
+torch::Tensor BatchNorm1dImpl::forward_masked(const torch::Tensor& input, const torch::Tensor& steps) {
+  return nn::masked_sequences(input, steps, layer_of(*this));
 }
 
 const char* BatchNormReLU1dImpl::layer_name() {

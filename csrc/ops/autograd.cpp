@@ -6,6 +6,7 @@
 #include "checks.h"
 #include "decompose.h"
 #include "plain.h"
+#include "recording.h"
 
 namespace torch_bn::ops {
 namespace {
@@ -13,38 +14,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-bool needs_decomposition(const at::Tensor& tensor) {
-  return tensor._fw_grad(/*level=*/0).defined();
-}
-bool needs_decomposition(const std::optional<at::Tensor>& tensor) {
-  return is_given(tensor) && needs_decomposition(*tensor);
-}
-
-// A C++ Function has no forward-mode derivative and is opaque to torch.func: there the decomposition serves.
-template <typename... Inputs>
-bool needs_decomposition(const Inputs&... inputs)
-  requires(sizeof...(Inputs) > 1)
-{
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) || (needs_decomposition(inputs) || ...);
-}
-
-bool requires_grad(const at::Tensor& tensor) {
-  return tensor.requires_grad();
-}
-bool requires_grad(const std::optional<at::Tensor>& tensor) {
-  return is_given(tensor) && tensor->requires_grad();
-}
-
-template <typename... Inputs>
-bool needs_recording(const Inputs&... inputs) {
-  return at::GradMode::is_enabled() && (requires_grad(inputs) || ...);
-}
-
-std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
 
 // What takes no part in differentiation, passed beside the variables.
 struct ForwardOptions {
@@ -98,12 +67,6 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
 }
 
 }  // namespace
-
-// Takes the statistics past autograd: as a result they would have to be marked non-differentiable, which compiled
-// autograd does not know.
-struct StatsResult {
-  at::Tensor* stats;
-};
 
 // What backward must know beside the tensors, in one number: every entry of a Function's dictionary costs.
 struct Flags {

@@ -72,9 +72,17 @@ def assert_twins(change: Callable[[nn.Module], Any], rounds: int = 2, **options:
 
 @pytest.mark.parametrize(("ours", "theirs"), [LAYERS[::-1], LAZY_LAYERS[::-1]])
 def test_signature(ours: type, theirs: type) -> None:
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    own = ["virtual_batch_size", "channels_last"]
+    parameters = list(inspect.signature(ours).parameters.items())
+    # Types are stated where torch's layer states none.
+    assert [(name, each.kind, each.default) for name, each in parameters[: -len(own)]] == [
+        (name, each.kind, each.default)
+        for name, each in inspect.signature(theirs).parameters.items()
+    ]
+    assert [name for name, _ in parameters[-len(own) :]] == own
+    assert all(each.kind is each.KEYWORD_ONLY for _, each in parameters[-len(own) :])
     assert ours._version == theirs._version == 2
-    assert ours.__constants__ == theirs.__constants__
+    assert ours.__constants__ == [*theirs.__constants__, *own]
     assert issubclass(ours, theirs)
     assert ours.__name__ == theirs.__name__
 

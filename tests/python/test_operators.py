@@ -85,6 +85,26 @@ def test_update_of_running_statistics() -> None:
     opcheck(OPS._update_running_stats.default, (*batch, 6, mean, var, torch.tensor(0), 0.1))
 
 
+# Chunks of any size, a short last one, and a last row that joins the chunk before.
+@pytest.mark.parametrize("shape", [(6, 3), (7, 3), (8, 3), (5, 4, 5)], ids=str)
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_ghost_forward(shape: tuple[int, ...], parameters: bool, momentum: float | None) -> None:
+    arguments = (*tensors(shape, parameters), torch.tensor(0))
+    opcheck(OPS._ghost_batch_norm_forward.default, (*arguments, momentum, 1e-5, 3))
+    for training in (True, False):
+        opcheck(OPS.ghost_batch_norm.default, (*arguments, training, momentum, 1e-5, 3))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_ghost_backward(shape: tuple[int, ...], mask: list[bool]) -> None:
+    x, weight, *_ = tensors(shape)
+    _, stats = OPS._ghost_batch_norm_forward(x, weight, None, None, None, None, 0.1, 1e-5, 2)
+    gradient = torch.randn(shape, requires_grad=True)
+    opcheck(OPS._ghost_batch_norm_backward.default, (gradient, x, weight, stats, 1e-5, 2, mask))
+
+
 def test_every_operator_is_checked_here() -> None:
     registered = {
         name.split("::")[1]
@@ -99,6 +119,9 @@ def test_every_operator_is_checked_here() -> None:
         "_batch_norm_inference",
         "batch_norm_backward",
         "_update_running_stats",
+        "ghost_batch_norm",
+        "_ghost_batch_norm_forward",
+        "_ghost_batch_norm_backward",
     }
 
 

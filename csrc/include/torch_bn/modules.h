@@ -58,12 +58,21 @@ class BatchNorm1dImpl : public detail::BatchNormImplBase<BatchNorm1dImpl> {
 
   /// Normalises `input`; in training, also updates the running statistics and their counter.
   ///
-  /// \param input (N, C) or (N, C, L); float32, float64, bfloat16 or float16, of any strides. Other devices and
-  ///   layouts are served by torch's own implementation.
+  /// \param input (N, C) or (N, C, L), with `channels_last` (N, C) or (N, L, C); float32, float64, bfloat16 or
+  ///   float16, of any strides. Other devices and layouts are served by torch's own implementation.
   /// \return a contiguous tensor of the input's shape and type
   /// \throws c10::Error with the words of `torch::nn::BatchNorm1d`, if the input is neither 2D nor 3D, if there is
   ///   one value per channel in training, or if a size or type does not fit; then no buffer has changed
   torch::Tensor forward(const torch::Tensor& input);
+
+  /// The same of padded sequences: steps that do not count are left out of the statistics, whatever they hold.
+  /// They are zero in the result, and get no gradient.
+  ///
+  /// \param input (N, C, L), with `channels_last` (N, L, C)
+  /// \param steps how many steps count in each sequence, an integer tensor (N) of values in [0, L]; or which steps
+  ///   count, a bool tensor (N, L)
+  /// \throws c10::Error also if `steps` does not fit the input, or fewer than two steps count in training
+  torch::Tensor forward_masked(const torch::Tensor& input, const torch::Tensor& steps);
 
   /// "BatchNorm1d".
   static const char* layer_name();

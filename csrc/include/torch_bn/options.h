@@ -11,8 +11,8 @@
 
 namespace torch_bn {
 
-/// Options of `BatchNorm1d`: those of `torch::nn::BatchNorm1d`, and `bias`. Each is set by a method of its name
-/// that takes the value, and read by the same method without one.
+/// Options of `BatchNorm1d`: those of `torch::nn::BatchNorm1d`, and some of ours behind them. Each is set by a
+/// method of its name that takes the value, and read by the same method without one.
 ///
 /// ```
 /// torch_bn::BatchNorm1d layer(torch_bn::BatchNorm1dOptions(300).eps(1e-3).momentum(std::nullopt));
@@ -41,6 +41,15 @@ struct BatchNorm1dOptions {
 
   /// Whether running statistics are kept, and used in evaluation.
   TORCH_ARG(bool, track_running_stats) = true;
+
+  /// Rows of a chunk of ghost batch norm, or `std::nullopt` for the whole batch. In training, chunks of so many
+  /// consecutive rows (of dimension 0) are normalised each by its own statistics, and move the running statistics
+  /// one after the other. The last chunk may be shorter; a last row of a single value per channel joins the chunk
+  /// before.
+  TORCH_ARG(std::optional<int64_t>, virtual_batch_size) = std::nullopt;
+
+  /// Whether sequences are (N, L, C) and not (N, C, L).
+  TORCH_ARG(bool, channels_last) = false;
 };
 
 namespace functional {
