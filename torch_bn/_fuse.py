@@ -44,6 +44,15 @@ class FusedReLU(Identity):
         return "ReLU, fused"
 
 
+def own_option(module: Module) -> str | None:
+    """An option of a layer that torch's layer cannot have, by name and value."""
+    if getattr(module, "virtual_batch_size", None) is not None:
+        return f"virtual_batch_size={module.virtual_batch_size}"
+    if getattr(module, "channels_last", False):
+        return "channels_last=True"
+    return None
+
+
 def class_name(cls: type[Any]) -> str:
     """A class's name with its package, as reports have it."""
     return f"{'torch_bn' if cls.__module__.startswith('torch_bn') else 'torch.nn'}.{cls.__name__}"
@@ -154,6 +163,8 @@ def _why_not_plain(flows: Flows, module: Module, classes: tuple[type[Any], ...])
         reason = "is lazy, and has not seen its first batch"
     elif type(module) not in classes:
         reason = "is of a derived class"
+    elif own_option(module) is not None:
+        reason = f"has {own_option(module)}"
     else:
         reason = flows.oddity(module)
     return None if reason is None else f"{flows.label(module)} {reason}"

@@ -15,7 +15,15 @@ import torch
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from torch_bn._fuse import FUSED, class_name, drop_biases, fuse_pairs, rebased, unfuse_pairs
+from torch_bn._fuse import (
+    FUSED,
+    class_name,
+    drop_biases,
+    fuse_pairs,
+    own_option,
+    rebased,
+    unfuse_pairs,
+)
 from torch_bn._pairs import Flows, names
 from torch_bn.folding import is_folded
 from torch_bn.lazy import LazyBatchNorm1d
@@ -184,7 +192,7 @@ def _change_classes(
         old = type(module)
         plain = parametrize.type_before_parametrizations(module)
         new = counterpart(plain)
-        option = _own_option(module) if new is not None and new not in _TORCHS else None
+        option = own_option(module) if new is not None and new not in _TORCHS else None
         if option is not None:
             new = None
         if new is not None:
@@ -202,15 +210,6 @@ def _change_classes(
         elif derived(plain):
             report.append(f"{label}: {_name(plain)} left alone, a subclass")
     return model
-
-
-def _own_option(module: Module) -> str | None:
-    """An option of a layer that torch's layer cannot have, by name and value."""
-    if getattr(module, "virtual_batch_size", None) is not None:
-        return f"virtual_batch_size={module.virtual_batch_size}"
-    if getattr(module, "channels_last", False):
-        return "channels_last=True"
-    return None
 
 
 def _name(cls: _Class) -> str:

@@ -102,6 +102,11 @@ def _refuse(model: Module) -> None:
                 f"cannot fold {label} ({class_name(plain)}): it has no running statistics "
                 "(track_running_stats=False), and normalises by the batch in evaluation too"
             )
+        if plain in _NORMS and getattr(module, "channels_last", False):
+            raise ValueError(
+                f"cannot fold {label} ({class_name(plain)}): its channels are the last dimension "
+                "(channels_last=True)"
+            )
 
 
 class _Folding:

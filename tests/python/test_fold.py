@@ -339,3 +339,18 @@ def test_any_stack_computes_the_same(drawn: tuple[nn.Sequential, tuple[int, ...]
     assert apart(seeded(folded, x), want) < EXACT
     fused = torch_bn.convert(copy.deepcopy(model), fuse=True, drop_bias=True)
     assert apart(seeded(torch_bn.fold(fused), x), want) < EXACT
+
+
+def test_channels_as_the_last_dimension_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch_bn.BatchNorm1d(3, channels_last=True))
+    with pytest.raises(ValueError, match=r"cannot fold 1 \(torch_bn.BatchNorm1d\): its channels"):
+        torch_bn.fold(model)
+
+
+def test_a_ghost_batch_norm_is_folded_as_any_other() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch_bn.BatchNorm1d(3, virtual_batch_size=2)).double()
+    x = torch.randn(8, 4, dtype=torch.double)
+    model(x)
+    folded = torch_bn.fold(model)
+    assert not any(isinstance(each, nn.BatchNorm1d) for each in folded.modules())
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-12, atol=1e-12)

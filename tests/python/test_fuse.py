@@ -368,3 +368,14 @@ def test_revert_of_a_layer_parametrised_since() -> None:
     assert parametrize.type_before_parametrizations(model[1]) is nn.BatchNorm1d
     assert type(model[2]) is nn.ReLU
     assert apart(model(x), want) < ROUNDING
+
+
+@pytest.mark.parametrize("option", [{"virtual_batch_size": 2}, {"channels_last": True}], ids=str)
+def test_layers_with_options_of_ours_are_left_alone(option: dict[str, object]) -> None:
+    norm = torch_bn.BatchNorm1d(3, **option)
+    model, done = nn.Sequential(nn.Linear(4, 3), norm, nn.ReLU()), []
+    torch_bn.convert(model, fuse=True, drop_bias=True, report=done)
+    assert type(model[1]) is torch_bn.BatchNorm1d
+    assert model[0].bias is not None
+    (name, value), *_ = option.items()
+    assert any(f"1 has {name}={value}" in line for line in done)
