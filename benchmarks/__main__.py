@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import guard, layers, models, page
+from . import fused, guard, layers, models, page
 from .figures import draw
 from .guard import ENVIRONMENT
 from .machine import busy, environment, processors
@@ -30,13 +30,19 @@ Part = Callable[[layers.Plan, Result], None]
 PARTS: dict[str, Part] = {
     "grid": layers.grid,
     "peers": layers.others,
+    "fused": fused.layers,
     "kernels": layers.kernels,
     "small": models.small,
     "mlp": models.mlp,
+    "fused-mlp": fused.mlp,
     "bf16": layers.sixteen_bits,
     "threads": models.threads,
     "memory": models.memory,
+    "fused-memory": fused.memory,
 }
+# Of a case, where it isn't the usual: a difference of two long times needs more repetitions than a
+# time, and the cases of the fused layers are many.
+SECONDS = {"fused": 0.6, "mlp": 4.0, "fused-mlp": 3.0}
 OTHERS = tuple(name for name in PEERS if name not in ("ours", "builtin"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -60,9 +66,9 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--shape", nargs="+", type=shape, metavar="NxC", help="64x100, or 32x64x512 (N, C, L)")
-    add("--dtype", choices=DTYPES, default="float32", help="of grid and kernels")
+    add("--dtype", choices=DTYPES, default="float32", help="of grid, fused and kernels")
     add("--threads", nargs="+", type=int, metavar="K", help="default: all processors, and 1")
-    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of the grid")
+    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of grid, fused")
     add(
         "--peers",
         nargs="*",
@@ -111,9 +117,8 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             if name in ("bf16", "threads", "memory") and not chosen.shape:
                 large = layers.LARGE[:1] if chosen.quick else layers.LARGE
                 own = replace(plan, shapes=large)
-            elif name == "mlp" and not (chosen.quick or chosen.seconds):
-                # A difference of two long times needs more repetitions than a time.
-                own = replace(plan, budget=Budget(4.0))
+            elif name in SECONDS and not (chosen.quick or chosen.seconds):
+                own = replace(plan, budget=Budget(SECONDS[name]))
             gc.collect()
             start = time.perf_counter()
             part(own, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,20 @@ def allocated_peak(call: Call, before: Call) -> int:
     not come from torch's allocator. The call runs twice before, so that what the first call alone
     allocates does not count, and then `before`, which releases what calls leave behind.
     """
+    return max(itertools.accumulate(_changes(call, before), initial=0))
+
+
+def allocated_after(call: Call, before: Call) -> int:
+    """How many more bytes torch's CPU allocator has handed out after `call` than before it.
+
+    Counted as in `allocated_peak`; what `call` returns is dropped, so a call that is to leave
+    something behind has to keep it.
+    """
+    return sum(_changes(call, before))
+
+
+def _changes(call: Call, before: Call) -> list[int]:
+    """Bytes of every allocation, and less than 0 of every release, in their order."""
     call()
     call()
     before()
@@ -34,11 +49,7 @@ def allocated_peak(call: Call, before: Call) -> int:
         call()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if _memory(e))
-    held = peak = 0
-    for _, _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return [change for _, _, change in changes]
 
 
 def _memory(event: object) -> bool:

@@ -25,6 +25,10 @@ SMALL: tuple[Shape, ...] = ((64, 100), (64, 300))
 CROWD: Shape = (1024, 1024)  # called by too many threads, or by several callers
 MLPS = ((784, 300, 100, 10), (784, 1024, 1024, 1024, 10))
 
+# The layers that follow a dense layer, from the number of its outputs, by the network's name.
+Make = Callable[[int], Sequence[torch.nn.Module]]
+Between = Mapping[str, Make]
+
 
 class Floor(torch.nn.Module):
     """A module whose forward calls one C++ function that only allocates."""
@@ -87,30 +91,38 @@ def _over_floor(
     return record("small", what, case, "float32", problem.threads, times, ratios)
 
 
-def networks(
-    sizes: Sequence[int], norms: Mapping[str, type[torch.nn.Module] | None]
-) -> dict[str, torch.nn.Sequential]:
-    """Dense layers, ReLU after each but the last, and a batch norm after each ReLU.
+def networks(sizes: Sequence[int], between: Between) -> dict[str, torch.nn.Sequential]:
+    """Dense layers, and after each but the last what `between` makes of its number of outputs.
 
     The networks have their dense layers in common: where weights lie in memory alone can make a
     step tens of percent slower.
     """
     dense = [torch.nn.Linear(*pair) for pair in pairwise(sizes)]
 
-    def layers(norm: type[torch.nn.Module] | None) -> Iterator[torch.nn.Module]:
+    def layers(make: Make) -> Iterator[torch.nn.Module]:
         for linear in dense[:-1]:
             yield linear
-            yield torch.nn.ReLU()
-            if norm:
-                yield norm(linear.out_features)
+            yield from make(linear.out_features)
         yield dense[-1]
 
-    return {name: torch.nn.Sequential(*layers(norm)) for name, norm in norms.items()}
+    return {name: torch.nn.Sequential(*layers(make)) for name, make in between.items()}
 
 
 def mlp(plan: Plan, result: Result) -> None:
     """What batch norm adds to the step of a network: ours over the builtin's."""
-    norms = {"ours": torch_bn.BatchNorm1d, "builtin": torch.nn.BatchNorm1d, "without": None}
+    relu = torch.nn.ReLU
+    between: Between = {
+        "ours": lambda c: (relu(), torch_bn.BatchNorm1d(c)),
+        "builtin": lambda c: (relu(), torch.nn.BatchNorm1d(c)),
+        "without": lambda c: (relu(),),
+    }
+    shares(plan, result, "mlp", "step", between)
+
+
+def shares(
+    plan: Plan, result: Result, part: str, what: str, between: Between, own: str = "ours"
+) -> None:
+    """What the layers of `own` add to the step of a network, over what the builtin's add."""
     for threads in plan.threads:
         with threads_set(threads):
             for sizes in MLPS:
@@ -120,21 +132,21 @@ def mlp(plan: Plan, result: Result) -> None:
                     x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
                     calls = {
                         name: training_step(model, x, target)
-                        for name, model in networks(sizes, norms).items()
+                        for name, model in networks(sizes, between).items()
                     }
                     times = interleave(calls, plan.budget)
-                    ratios = {"builtin/ours": Ratio.of(times["builtin"], times["ours"], None)}
-                    share = share_of(times)
+                    ratios = {f"builtin/{own}": Ratio.of(times["builtin"], times[own], None)}
+                    share = share_of(times, own)
                     if share:
                         ratios = {"share": share, **ratios}
                     else:
                         result.miss(
-                            "mlp",
-                            f"share at {case}, {threads} threads",
+                            part,
+                            f"share of {what} at {case}, {threads} threads",
                             "the step with the builtin took no longer than the one without",
                         )
                     result.records.append(
-                        record("mlp", "step", case, "float32", threads, times, ratios)
+                        record(part, what, case, "float32", threads, times, ratios)
                     )
 
 
@@ -148,12 +160,12 @@ def training_step(model: torch.nn.Module, x: Tensor, target: Tensor) -> Call:
     return step
 
 
-def share_of(times: dict[str, list[float]]) -> Ratio | None:
-    """(ours - without) / (builtin - without), or None where the builtin adds nothing."""
-    ours, builtin, without = (statistics.median(times[n]) for n in ("ours", "builtin", "without"))
+def share_of(times: dict[str, list[float]], own: str = "ours") -> Ratio | None:
+    """(own - without) / (builtin - without), or None where the builtin adds nothing."""
+    ours, builtin, without = (statistics.median(times[n]) for n in (own, "builtin", "without"))
     paired = [
         (o - w) / (b - w)
-        for o, b, w in zip(times["ours"], times["builtin"], times["without"], strict=True)
+        for o, b, w in zip(times[own], times["builtin"], times["without"], strict=True)
         if b > w
     ]
     if builtin <= without or not paired:

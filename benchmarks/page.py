@@ -13,6 +13,7 @@ BEGIN = "<!-- BEGIN measured: written by python -m benchmarks --docs docs -->"
 END = "<!-- END measured -->"
 _ALT = {
     "speed-up": "Time of each peer over torch_bn's, over the shapes",
+    "fused": "Time of batch norm and ReLU as two layers over that of the fused layer",
     "kernels": "Time of the kernels against the bytes of the input, with the copy as the floor",
     "threads": "Gain of more threads for the layer step and for the copy",
     "mlp": "Time of a training step of two MLPs",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,16 +94,27 @@ def builtin(problem: Problem) -> Work:
 
 
 def compiled(problem: Problem) -> Work:
-    """torch.compile of the builtin layer; the compiling itself is not timed."""
+    """torch.compile of the builtin layer."""
+    return compiled_work(*_two(torch.nn.BatchNorm1d, problem), problem)
+
+
+def compiled_work(
+    training: torch.nn.Module,
+    evaluation: torch.nn.Module,
+    problem: Problem,
+    directions: Sequence[str] = DIRECTIONS,
+) -> Work:
+    """torch.compile of both; what `directions` call is compiled here, where it isn't timed."""
     # Generated code is found again by the next run.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(BUILD / "inductor"))
     torch._dynamo.reset()
     try:
-        layers = [torch.compile(m, dynamic=False) for m in _two(torch.nn.BatchNorm1d, problem)]
-        work = layer_work(*layers, problem.x, problem.g)
+        first, second = (torch.compile(m, dynamic=False) for m in (training, evaluation))
+        work = layer_work(first, second, problem.x, problem.g)
         work["step"]()
-        with torch.no_grad():
-            work["evaluation"]()
+        if "evaluation" in directions:
+            with torch.no_grad():
+                work["evaluation"]()
     except Exception as error:
         # Of many types, from dynamo down to the C++ compiler that is missing.
         raise AbsentError(

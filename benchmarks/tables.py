@@ -15,12 +15,15 @@ from .result import Ratio, Record, Result, Sample, geometric_mean
 PART_NAMES = {
     "grid": "Layers",
     "peers": "Other peers",
+    "fused": "Fused with ReLU",
     "kernels": "Kernels against the best copy",
     "small": "Small layers against calls that only allocate",
     "mlp": "Batch norm's share of an MLP's step",
+    "fused-mlp": "Fused with ReLU: the pair's share of an MLP's step",
     "bf16": "bfloat16",
     "threads": "Threads",
     "memory": "Peak memory of a step",
+    "fused-memory": "Fused with ReLU: memory of a deep MLP's step",
 }
 
 
@@ -120,10 +123,10 @@ def _bottom(records: Sequence[Record], names: Sequence[str], blanks: int) -> lis
 
 
 def layer_tables(result: Result, part: str) -> list[Table]:
-    """One table per direction and number of threads."""
+    """One table per direction, or what else was measured, and number of threads."""
     tables = []
     title = "" if part == "grid" else f"{PART_NAMES[part]}: "
-    for what in ("step", "forward", "evaluation"):
+    for what in _in_order(result, part):
         for threads in sorted({r.threads for r in result.of(part, what)}, reverse=True):
             records = result.of(part, what, threads)
             peers, ratios = _names(records, "samples"), _names(records, "ratios")
@@ -137,7 +140,7 @@ def layer_tables(result: Result, part: str) -> list[Table]:
             ]
             tables.append(
                 Table(
-                    f"{title}{_LAYER_TITLES[what]}, {records[0].dtype}, {_threads(threads)}",
+                    f"{title}{_layer_title(what)}, {records[0].dtype}, {_threads(threads)}",
                     ("shape", *peers, *ratios),
                     rows + _bottom(records, ratios, len(peers)),
                 )
@@ -150,19 +153,36 @@ def layer_tables(result: Result, part: str) -> list[Table]:
     return tables
 
 
-def summary_tables(result: Result) -> list[Table]:
-    """The builtin's times over ours in a line for each direction and number of threads."""
+def _in_order(result: Result, part: str) -> list[str]:
+    """What was measured, by direction, and each direction's as it came."""
+    found = dict.fromkeys(r.what for r in result.of(part))
+    return sorted(found, key=lambda what: list(_LAYER_TITLES).index(what.partition(",")[0]))
+
+
+def _layer_title(what: str) -> str:
+    """
+    >>> _layer_title("step"), _layer_title("step, BN then ReLU")
+    ('Layer step', 'Layer step, BN then ReLU')
+    """
+    direction, comma, rest = what.partition(",")
+    return _LAYER_TITLES[direction] + comma + rest
+
+
+def summary_tables(result: Result, part: str) -> list[Table]:
+    """The others' times over ours in a line for each direction and number of threads."""
+    own, title, caption = _SUMMARIES[part]
     rows = []
-    for what in ("step", "forward", "evaluation"):
-        for threads in sorted({r.threads for r in result.of("grid", what)}, reverse=True):
-            found = {
-                r.case: r.ratios["builtin/ours"].value for r in result.of("grid", what, threads)
-            }
+    for what in _in_order(result, part):
+        for threads in sorted({r.threads for r in result.of(part, what)}, reverse=True):
+            records = result.of(part, what, threads)
+            # The first ratio is that which counts.
+            name = next(iter(records[0].ratios))
+            found = {r.case: r.ratios[name].value for r in records}
             case, least = min(found.items(), key=lambda item: item[1])
             mean = geometric_mean(found.values())
             rows.append((f"{what}, {_threads(threads)}", f"{mean:.2f}", f"{least:.2f}", case))
-    heading = ("builtin/ours", "geometric mean", "least", "at")
-    return [Table("Layers in short", heading, rows, _SPREAD)] if rows else []
+    heading = (f"time/{own}", "geometric mean", "least", "at")
+    return [Table(title, heading, rows, caption)] if rows else []
 
 
 _SPREAD = (
@@ -170,6 +190,17 @@ _SPREAD = (
     "medians, with the quartiles of the quotients taken repetition by repetition in brackets; "
     "above 1, ours is faster."
 )
+_PAIR = (
+    "fused: torch_bn.BatchNormReLU1d or ReLUBatchNorm1d. unfused: torch_bn.BatchNorm1d and "
+    "torch.nn.ReLU in a Sequential. builtin: torch.nn.BatchNorm1d and torch.nn.ReLU in a "
+    "Sequential; compile: torch.compile of that, measured apart. Lines without torch.compile are "
+    "against the builtin."
+)
+# What stands below the line of the quotients, the table's title and its caption.
+_SUMMARIES = {
+    "grid": ("ours", "Layers in short", _SPREAD),
+    "fused": ("fused", "Fused with ReLU, in short", _PAIR),
+}
 _LAYER_TITLES = {
     "step": "Layer step",
     "forward": "Forward of the step",
@@ -237,7 +268,7 @@ def _short(ratio: Ratio | None) -> str:
 def other_tables(result: Result) -> list[Table]:
     """The parts whose records are rows of times and ratios as they stand."""
     tables = []
-    for part in ("small", "mlp", "bf16", "threads", "memory"):
+    for part in _CAPTIONS:
         groups = list(dict.fromkeys(tuple(r.samples) for r in result.of(part)))
         for samples in groups:
             records = [r for r in result.of(part) if tuple(r.samples) == samples]
@@ -278,6 +309,10 @@ _CAPTIONS = {
         "with batch norm after each ReLU. A step is zero_grad, forward, cross entropy and "
         "backward, without an optimiser; the networks share their dense layers."
     ),
+    "fused-mlp": (
+        "share: (step with the fused layers - step without batch norm and ReLU) / (step with the "
+        "builtin pair - step without), with the layer or the pair between the dense layers."
+    ),
     "bf16": (
         "The layer step with input in bfloat16 and parameters in float32, and the step of as many "
         "elements in float32; builtin/ours is in bfloat16."
@@ -293,6 +328,13 @@ _CAPTIONS = {
         "touched or not. resident: the rise of the process's VmHWM, reset before the step, which "
         "counts all memory that is touched."
     ),
+    "fused-memory": (
+        "Ten times a dense layer of width 512 with batch norm and ReLU, and a dense layer to ten "
+        "classes; bytes that torch's allocator has handed out beyond model and data, exactly. "
+        "held for the backward: what is left when the forward has returned. peak: the largest sum "
+        "during a step; without gradients, each parameter's gradient is dropped as soon as it is "
+        "whole. lean: the fused layers, with the forward under torch_bn.lean()."
+    ),
 }
 
 
@@ -300,8 +342,10 @@ def all_tables(result: Result) -> list[Table]:
     """In the order in which they are read."""
     return [
         *layer_tables(result, "grid"),
-        *summary_tables(result),
+        *summary_tables(result, "grid"),
         *layer_tables(result, "peers"),
+        *layer_tables(result, "fused"),
+        *summary_tables(result, "fused"),
         *kernel_tables(result),
         *other_tables(result),
     ]
