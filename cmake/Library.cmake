@@ -18,7 +18,11 @@ add_library(torch_bn_objects OBJECT
   csrc/ops/functorch.cpp
   csrc/ops/memory.cpp
   csrc/ops/meta.cpp
-  csrc/ops/schema.cpp)
+  csrc/ops/schema.cpp
+  csrc/ops/sync.cpp
+  csrc/ops/sync_agree.cpp
+  csrc/ops/sync_autograd.cpp
+  csrc/ops/sync_cpu.cpp)
 target_compile_definitions(torch_bn_objects PRIVATE
   TORCH_BN_VERSION="${PROJECT_VERSION}"
   TORCH_BN_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")

@@ -15,14 +15,17 @@ from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
+from torch_bn.sync import SyncBatchNorm1d, convert_sync
 
 __all__ = [
     "BatchNorm1d",
     "LazyBatchNorm1d",
+    "SyncBatchNorm1d",
     "__version__",
     "build_info",
     "cmake_prefix_path",
     "convert",
+    "convert_sync",
     "functional",
     "revert",
 ]

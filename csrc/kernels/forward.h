@@ -84,29 +84,26 @@ struct ForwardScratch {
   }
 };
 
-// From the batch's moments, or the running statistics, to the coefficients of some channels.
-template <typename Element, typename Param>
-void finish_channels(const ForwardArgs& args, const Partition& partition, const ForwardScratch& scratch,
-                     Range channels) {
+// From the batch's moments to what normalises it, and into the running statistics.
+template <typename Param>
+void finish_statistics(const ForwardArgs& args, const double* batch_mean, const double* m2, double rows,
+                       Range channels) {
   double* mean = args.mean;
   double* invstd = args.invstd;
-  if (args.training) {
-    merge_segments<Element>(args, partition, channels);
-    const Partial whole(args.scratch, 0, args.shape.c);
-    const double rows = static_cast<double>(partition.rows);
 #pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) {
-      mean[c] = whole.mean[c];
-      invstd[c] = 1.0 / __builtin_sqrt(whole.m2[c] / rows + args.eps);
-    }
-    update_running<Param>(args.running_mean, args.momentum, channels, whole.mean, 1.0);
-    update_running<Param>(args.running_var, args.momentum, channels, whole.m2, rows - 1.0);
-  } else {
-    read_channels<Param>(args.running_mean, channels, 0.0, mean);
-    read_channels<Param>(args.running_var, channels, 1.0, invstd);
-#pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    mean[c] = batch_mean[c];
+    invstd[c] = 1.0 / __builtin_sqrt(m2[c] / rows + args.eps);
   }
+  update_running<Param>(args.running_mean, args.momentum, channels, batch_mean, 1.0);
+  update_running<Param>(args.running_var, args.momentum, channels, m2, rows - 1.0);
+}
+
+// From the statistics in `args` to the coefficients of some channels.
+template <typename Element, typename Param>
+void set_coefficients(const ForwardArgs& args, const ForwardScratch& scratch, Range channels) {
+  const double* mean = args.mean;
+  const double* invstd = args.invstd;
   read_channels<Param>(args.weight, channels, 1.0, scratch.scale);
   read_channels<Param>(args.bias, channels, 0.0, scratch.bias);
   double* scale = scratch.scale;
@@ -122,6 +119,24 @@ void finish_channels(const ForwardArgs& args, const Partition& partition, const 
     scratch.plain[c] =
         Element::kIsDouble || (plain_factor(scale[c]) && plain_term(mean[c]) && plain_term(rest)) ? 1 : 0;
   }
+}
+
+// From the batch's moments, or the running statistics, to the coefficients of some channels.
+template <typename Element, typename Param>
+void finish_channels(const ForwardArgs& args, const Partition& partition, const ForwardScratch& scratch,
+                     Range channels) {
+  if (args.training) {
+    merge_segments<Element>(args, partition, channels);
+    const Partial whole(args.scratch, 0, args.shape.c);
+    finish_statistics<Param>(args, whole.mean, whole.m2, static_cast<double>(partition.rows), channels);
+  } else {
+    double* invstd = args.invstd;
+    read_channels<Param>(args.running_mean, channels, 0.0, args.mean);
+    read_channels<Param>(args.running_var, channels, 1.0, invstd);
+#pragma omp simd
+    for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
+  }
+  set_coefficients<Element, Param>(args, scratch, channels);
 }
 
 template <typename Element, typename Param>

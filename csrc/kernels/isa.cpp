@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "sync.h"
 
 #define TORCH_BN_STRING(x) #x
 #define TORCH_BN_NAME(x) TORCH_BN_STRING(x)
@@ -47,7 +48,7 @@ void run_backward(const BackwardArgs& args) {
 }  // namespace
 
 namespace TORCH_BN_ISA {
-const KernelTable table = {TORCH_BN_NAME(TORCH_BN_ISA), run_forward, run_backward};
+const KernelTable table = {TORCH_BN_NAME(TORCH_BN_ISA), run_forward, run_backward, &sync_table};
 }  // namespace TORCH_BN_ISA
 
 }  // namespace torch_bn::kernels

@@ -1,84 +1,14 @@
 // From tensors to the kernels' raw pointers, on CPU.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
-#include <stdexcept>
-
-#include "../kernels/dispatch.h"
 #include "checks.h"
 #include "memory.h"
+#include "views.h"
 
 namespace torch_bn::ops {
 namespace {
-
-using kernels::ArrayView;
-using kernels::ChannelView;
-
-const kernels::KernelTable& active_kernels() {
-  try {
-    return kernels::active();
-  } catch (const std::runtime_error& error) {
-    TORCH_CHECK(false, error.what());
-  }
-}
-
-kernels::DType kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return kernels::DType::f32;
-    case at::kDouble:
-      return kernels::DType::f64;
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    case at::kHalf:
-      return kernels::DType::f16;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", dtype, "'");
-  }
-}
-
-kernels::Shape shape_of(const at::Tensor& input) {
-  return {input.size(0), input.size(1), input.dim() == 3 ? input.size(2) : 1};
-}
-
-ArrayView view_of(const at::Tensor& array) {
-  const bool has_length = array.dim() == 3;
-  return {array.const_data_ptr(), array.stride(0), array.stride(1), has_length ? array.stride(2) : 0};
-}
-
-// A parameter of any shape with the right number of elements, flattened; `keep` owns a copy where one is due.
-ChannelView parameter_view(const std::optional<at::Tensor>& parameter, at::Tensor& keep) {
-  if (!is_given(parameter)) return {nullptr, 0};
-  keep = parameter->dim() == 1 ? *parameter : parameter->reshape(-1);
-  return {const_cast<void*>(keep.const_data_ptr()), keep.stride(0)};
-}
-
-ChannelView statistics_view(const std::optional<at::Tensor>& statistics, bool written) {
-  if (!is_given(statistics)) return {nullptr, 0};
-  void* data = written ? statistics->mutable_data_ptr() : const_cast<void*>(statistics->const_data_ptr());
-  return {data, statistics->stride(0)};
-}
-
-// Working memory of one call. Small layers find it on the stack.
-class Scratch {
- public:
-  explicit Scratch(std::size_t doubles) {
-    if (doubles > kOnStack) heap_ = std::make_unique_for_overwrite<double[]>(doubles);
-  }
-  double* data() { return heap_ ? heap_.get() : stack_; }
-
- private:
-  static constexpr std::size_t kOnStack = 2048;
-  std::unique_ptr<double[]> heap_;
-  double stack_[kOnStack];  // NOLINT: left uninitialised on purpose
-};
-
-int thread_count() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
 
 OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
