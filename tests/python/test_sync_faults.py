@@ -224,5 +224,5 @@ def test_the_others_fail_in_words(
             f"RuntimeError: SyncBatchNorm1d '{layer}': the all-gather of its {collective} in group "
             "'0' failed. Another process may have ended, hang, or be at another place"
         )
-        # A dead process is seen at once, one that hangs by the timeout; a second for a busy machine.
+        # A dead one is seen at once, one that hangs by the timeout; a second for a busy machine.
         assert float((tmp_path / f"{rank}.seconds").read_text()) < TIMEOUT + 1
