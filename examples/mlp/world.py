@@ -92,7 +92,15 @@ def world(seed: int, backend: str) -> Iterator[World]:
     if processes() == 1:
         yield World()
         return
-    dist.init_process_group(backend)
+    if backend == "mpi" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+    else:
+        # torchrun keeps its store when it starts the processes again, with the addresses of those
+        # that have ended in it. On several hosts the counts may differ: see docs/distributed.md.
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     joined = World(dist.get_rank(), dist.get_world_size())
     torch.manual_seed(generator("rank", seed, joined.rank).initial_seed())
     try:
