@@ -11,6 +11,7 @@ add_library(torch_bn_objects OBJECT
   csrc/nn/modules.cpp
   csrc/nn/options.cpp
   csrc/nn/serve.cpp
+  csrc/nn/sync.cpp
   csrc/ops/autograd.cpp
   csrc/ops/checks.cpp
   csrc/ops/cpu.cpp

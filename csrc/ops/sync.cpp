@@ -4,7 +4,10 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
+
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "checks.h"
 
@@ -37,13 +40,35 @@ c10::TypedOperatorHandle<Function> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
+// Whether somebody records the operators that are called, instead of having the numbers made.
+bool is_traced(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return (tensor.key_set() | kPlain) != kPlain || c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// In torch's functional collectives, which are operators. Not every backend has what they ask for: MPI has not.
+at::Tensor gather_for_trace(const at::Tensor& part, int64_t processes, std::string group) {
+  static const auto gather =
+      c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "");
+  static const auto wait = find<at::Tensor(const at::Tensor&)>("_c10d_functional::wait_tensor");
+  // Boxed, because the schema takes a group by its name or itself.
+  c10::Stack stack{part, processes, std::move(group)};
+  gather.callBoxed(stack);
+  return wait.call(stack.front().toTensor());
+}
+
+at::Tensor gather_now(const at::Tensor& part, int64_t processes, const std::string& group) {
+  at::Tensor input = part;
+  at::Tensor output = at::empty({processes * part.numel()}, part.options());
+  c10d::resolve_process_group(group)->all_gather_single(output, input)->wait();
+  return output;
+}
+
 }  // namespace
 
 at::Tensor all_gather(const at::Tensor& part, int64_t processes, c10::string_view group, c10::string_view layer,
                       const char* direction) {
-  static const auto gather =
-      c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "");
-  static const auto wait = find<at::Tensor(const at::Tensor&)>("_c10d_functional::wait_tensor");
   const auto failed = [&](const std::string& why) {
     TORCH_CHECK(false, name_of(layer), ": the all-gather of its ", direction, " in group '", group,
                 "' failed. Another process may have ended, hang, or be at another place of the program; "
@@ -51,10 +76,9 @@ at::Tensor all_gather(const at::Tensor& part, int64_t processes, c10::string_vie
                 why);
   };
   try {
-    // Boxed, because the schema takes a group by its name or itself.
-    c10::Stack stack{part, processes, std::string(group)};
-    gather.callBoxed(stack);
-    return wait.call(stack.front().toTensor()).view_symint({processes, part.sym_numel()});
+    const at::Tensor parts = is_traced(part) ? gather_for_trace(part, processes, std::string(group))
+                                             : gather_now(part, processes, std::string(group));
+    return parts.view_symint({processes, part.sym_numel()});
   } catch (const c10::Error& error) {
     failed(error.what_without_backtrace());
   } catch (const std::exception& error) {
