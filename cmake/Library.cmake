@@ -12,6 +12,7 @@ add_library(torch_bn_objects OBJECT
   csrc/nn/options.cpp
   csrc/nn/sequences.cpp
   csrc/nn/serve.cpp
+  csrc/nn/sync.cpp
   csrc/ops/autograd.cpp
   csrc/ops/checks.cpp
   csrc/ops/cpu.cpp
@@ -23,7 +24,11 @@ add_library(torch_bn_objects OBJECT
   csrc/ops/ghost_cpu.cpp
   csrc/ops/memory.cpp
   csrc/ops/meta.cpp
-  csrc/ops/schema.cpp)
+  csrc/ops/schema.cpp
+  csrc/ops/sync.cpp
+  csrc/ops/sync_agree.cpp
+  csrc/ops/sync_autograd.cpp
+  csrc/ops/sync_cpu.cpp)
 target_compile_definitions(torch_bn_objects PRIVATE
   TORCH_BN_VERSION="${PROJECT_VERSION}"
   TORCH_BN_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")

@@ -16,6 +16,7 @@ from mlp.checkpoint import Checkpoint, Interruption
 from mlp.data import load_dataset
 from mlp.job import Job
 from mlp.model import Layer
+from mlp.world import World, world
 
 PASSED, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,14 +29,15 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
     chosen = options.parse(argv)
     console = Console()
     try:
-        with Interruption() as stop:
+        with Interruption() as stop, world(chosen.settings.seed, chosen.backend) as here:
+            console.quiet = not here.main
             if layer is None:
                 # Imported here, so that --help works and its absence is explained.
                 import torch_bn
 
                 layer = torch_bn.BatchNorm1d
             try:
-                job, checkpoint = _prepare(chosen, layer, console)
+                job, checkpoint = _prepare(chosen, layer, console, here)
             except ValueError as error:
                 return _unusable(str(error))
             stop.defer()
@@ -51,13 +53,18 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
         return _unusable(str(error))
 
 
-def _prepare(chosen: options.Options, layer: Layer, console: Console) -> tuple[Job, Checkpoint]:
+def _prepare(
+    chosen: options.Options, layer: Layer, console: Console, here: World
+) -> tuple[Job, Checkpoint]:
     torch.set_num_threads(chosen.settings.threads)
     notify = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    data = load_dataset(chosen.data, url=chosen.data_url, cache=chosen.cache, notify=notify)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    job = Job(chosen.settings, data, layer)
-    checkpoint = Checkpoint(chosen.out / "checkpoint.pt", job.identity())
+    data = here.main_first(
+        lambda: load_dataset(chosen.data, url=chosen.data_url, cache=chosen.cache, notify=notify)
+    )
+    if here.main:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    job = Job(chosen.settings, data, layer, here)
+    checkpoint = Checkpoint(chosen.out / "checkpoint.pt", job.identity(), here, notify)
     if not chosen.resume:
         checkpoint.remove()
     elif checkpoint.load(job.stages):

@@ -18,16 +18,19 @@ from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.lean import lean
 from torch_bn.modules import BatchNorm1d
+from torch_bn.sync import SyncBatchNorm1d, convert_sync
 
 __all__ = [
     "BatchNorm1d",
     "BatchNormReLU1d",
     "LazyBatchNorm1d",
     "ReLUBatchNorm1d",
+    "SyncBatchNorm1d",
     "__version__",
     "build_info",
     "cmake_prefix_path",
     "convert",
+    "convert_sync",
     "fold",
     "functional",
     "lean",

@@ -90,11 +90,14 @@ struct BackwardArgs {
 std::size_t forward_scratch(const Shape& shape);
 std::size_t backward_scratch(const Shape& shape);
 
+struct SyncTable;  // see sync_api.h
+
 // The kernels of one instruction set.
 struct KernelTable {
   const char* isa;
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  const SyncTable* sync;
 };
 
 }  // namespace torch_bn::kernels

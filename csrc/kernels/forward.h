@@ -84,28 +84,26 @@ inline Coefficients forward_coefficients(const ForwardArgs& args, const Partitio
   return of;
 }
 
-// From the batch's moments, or the running statistics, to the coefficients of some channels.
-template <typename Element, typename Param>
-void finish_channels(const ForwardArgs& args, const Partition& partition, Coefficients of, Range channels) {
+// From the batch's moments to what normalises it, and into the running statistics.
+template <typename Param>
+void finish_statistics(const ForwardArgs& args, const double* batch_mean, const double* m2, double rows,
+                       Range channels) {
   double* mean = args.mean;
   double* invstd = args.invstd;
-  if (args.training) {
-    merge_segments<Element>(args, partition, channels);
-    const Partial whole(args.scratch, 0, args.shape.c);
-    const double rows = static_cast<double>(partition.rows);
 #pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) {
-      mean[c] = whole.mean[c];
-      invstd[c] = 1.0 / __builtin_sqrt(whole.m2[c] / rows + args.eps);
-    }
-    update_running<Param>(args.running_mean, args.momentum, channels, whole.mean, 1.0);
-    update_running<Param>(args.running_var, args.momentum, channels, whole.m2, rows - 1.0);
-  } else {
-    read_channels<Param>(args.running_mean, channels, 0.0, mean);
-    read_channels<Param>(args.running_var, channels, 1.0, invstd);
-#pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    mean[c] = batch_mean[c];
+    invstd[c] = 1.0 / __builtin_sqrt(m2[c] / rows + args.eps);
   }
+  update_running<Param>(args.running_mean, args.momentum, channels, batch_mean, 1.0);
+  update_running<Param>(args.running_var, args.momentum, channels, m2, rows - 1.0);
+}
+
+// From the statistics in `args` to the coefficients of some channels. Takes the pointers by value: else they would
+// have to be read again after every store.
+template <typename Element, typename Param>
+void set_coefficients(const ForwardArgs& args, Coefficients of, Range channels) {
+  const double* invstd = args.invstd;
   read_channels<Param>(args.weight, channels, 1.0, of.scale);
   read_channels<Param>(args.bias, channels, 0.0, of.bias);
 #pragma omp simd
@@ -113,6 +111,23 @@ void finish_channels(const ForwardArgs& args, const Partition& partition, Coeffi
     of.scale[c] *= invstd[c];
     of.narrow<Element>(c);
   }
+}
+
+// From the batch's moments, or the running statistics, to the coefficients of some channels.
+template <typename Element, typename Param>
+void finish_channels(const ForwardArgs& args, const Partition& partition, const Coefficients& of, Range channels) {
+  if (args.training) {
+    merge_segments<Element>(args, partition, channels);
+    const Partial whole(args.scratch, 0, args.shape.c);
+    finish_statistics<Param>(args, whole.mean, whole.m2, static_cast<double>(partition.rows), channels);
+  } else {
+    double* invstd = args.invstd;
+    read_channels<Param>(args.running_mean, channels, 0.0, args.mean);
+    read_channels<Param>(args.running_var, channels, 1.0, invstd);
+#pragma omp simd
+    for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
+  }
+  set_coefficients<Element, Param>(args, of, channels);
 }
 
 template <typename Element, typename Param, Relu kRelu>

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "sync.h"
 
 #define TORCH_BN_STRING(x) #x
 #define TORCH_BN_NAME(x) TORCH_BN_STRING(x)
@@ -12,6 +13,7 @@ namespace torch_bn::kernels {
 namespace {
 
 struct Forward {
+  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const ForwardArgs& args) {
     forward<Element, Param, kRelu>(args);
@@ -19,45 +21,18 @@ struct Forward {
 };
 
 struct Backward {
+  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const BackwardArgs& args) {
     backward<Element, Param, kRelu>(args);
   }
 };
 
-template <typename Call, typename Element, typename Param, typename Args>
-void with_relu(const Args& args) {
-  switch (args.relu) {
-    case Relu::none:
-      return Call::template run<Element, Param, Relu::none>(args);
-    case Relu::after:
-      return Call::template run<Element, Param, Relu::after>(args);
-    case Relu::before:
-      return Call::template run<Element, Param, Relu::before>(args);
-  }
-}
-
-// 16-bit inputs come with parameters of their own type or in float32; the others with their own.
-template <typename Call, typename Args>
-void dispatch(const Args& args) {
-  const bool mixed = args.param_dtype != args.dtype;
-  switch (args.dtype) {
-    case DType::f32:
-      return with_relu<Call, Float32, Float32>(args);
-    case DType::f64:
-      return with_relu<Call, Float64, Float64>(args);
-    case DType::bf16:
-      return mixed ? with_relu<Call, BFloat16, Float32>(args) : with_relu<Call, BFloat16, BFloat16>(args);
-    case DType::f16:
-      return mixed ? with_relu<Call, Float16, Float32>(args) : with_relu<Call, Float16, Float16>(args);
-  }
-}
-
 }  // namespace
 
 namespace TORCH_BN_ISA {
 const KernelTable table = {TORCH_BN_NAME(TORCH_BN_ISA), dispatch<Forward, ForwardArgs>,
-                           dispatch<Backward, BackwardArgs>};
+                           dispatch<Backward, BackwardArgs>, &sync_table};
 }  // namespace TORCH_BN_ISA
 
 }  // namespace torch_bn::kernels

@@ -1,5 +1,6 @@
 #include <torch/nn/init.h>
 #include <torch_bn/modules.h>
+#include <torch_bn/sync.h>
 
 #include "sequences.h"
 #include "serve.h"
@@ -66,6 +67,7 @@ void BatchNormImplBase<Derived>::pretty_print(std::ostream& stream) const {
 template class BatchNormImplBase<BatchNorm1dImpl>;
 template class BatchNormImplBase<BatchNormReLU1dImpl>;
 template class BatchNormImplBase<ReLUBatchNorm1dImpl>;
+template class BatchNormImplBase<SyncBatchNorm1dImpl>;
 
 }  // namespace detail
 

@@ -105,6 +105,14 @@ void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& wei
   check_relu(relu);
   check_rank(input);
   if (training) check_more_than_one_row(input);
+  check_forward_but_rows(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps);
+}
+
+void check_forward_but_rows(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                            const std::optional<at::Tensor>& running_var,
+                            const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps) {
+  check_rank(input);
   check_eps(training, eps);
   const c10::SymInt channels = input.sym_size(1);
   TORCH_CHECK(training || is_given(running_mean), "running_mean must be defined in evaluation mode");

@@ -11,6 +11,12 @@ void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& wei
                    const std::optional<at::Tensor>& running_var,
                    const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps, int64_t relu);
 
+// The same for some rows of a batch, of which there may be one or none.
+void check_forward_but_rows(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                            const std::optional<at::Tensor>& running_var,
+                            const std::optional<at::Tensor>& num_batches_tracked, bool training, double eps);
+
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const std::optional<at::Tensor>& weight, const at::Tensor& stats,
                     const std::optional<at::Tensor>& bias, int64_t relu);

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mlp.training import Stage, State
+from mlp.world import World
 
 FORMAT = 1
 MAX_BYTES = 1 << 30
@@ -26,14 +27,23 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; its one line says why and what to do."""
 
 
-def save_atomically(value: object, path: Path) -> None:
-    """torch.save to a file beside `path`, then rename: a reader sees the old or the new one."""
+class _DamagedError(CheckpointError):
+    """One that cannot be read, where another may do."""
+
+
+def save_atomically(value: object, path: Path, keep: Path | None = None) -> None:
+    """torch.save to a file beside `path`, then rename: a reader sees the old or the new one.
+
+    The old one is kept under the name `keep`, if there is one.
+    """
     beside = path.with_name(path.name + ".part")
     with beside.open("wb") as file:
         torch.save(value, file)
         file.flush()
         # Without it a power cut may leave the new name on an empty file.
         os.fsync(file.fileno())
+    if keep is not None and path.exists():
+        path.replace(keep)
     beside.replace(path)
 
 
@@ -41,10 +51,21 @@ class Checkpoint:
     """The state of all stages in one file, together with the settings they belong to.
 
     `identity` names everything that the figures depend on; a checkpoint of another one is refused.
+    The one before is kept beside it, for when the last one is damaged. In a job of several
+    processes, rank 0 writes and reads for all.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str | int | float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, str | int | float],
+        world: World | None = None,
+        notify: Callable[[str], None] = print,
+    ) -> None:
         self._path = path
+        self._before = path.with_name(path.name + ".before")
+        self._world = world or World()
+        self._notify = notify
         self._identity = dict(identity)
         self._earlier = 0.0
         self._started = time.monotonic()
@@ -59,42 +80,18 @@ class Checkpoint:
     def load(self, stages: Sequence[Stage]) -> bool:
         """Put the stages where the checkpoint left them. False when there is none.
 
-        Raises CheckpointError for a file that is corrupt or of a run with other settings.
+        Where the file is damaged, the one before is used. Raises CheckpointError when both are, or
+        for that of a run with other settings.
         """
-        if not self._path.exists():
+        saved = self._world.from_main(lambda: self._read_either(stages))
+        if saved is None:
             return False
-        damaged = CheckpointError(
-            f"{self._path} is damaged: start again without --resume, which overwrites it"
-        )
-        try:
-            if self._path.stat().st_size > MAX_BYTES:
-                raise damaged
-            # torch.load does not look at the checksums that torch.save has written.
-            with zipfile.ZipFile(self._path) as archive:
-                if archive.testzip() is not None:
-                    raise damaged
-            saved = torch.load(self._path, weights_only=True)
-        except (CheckpointError, OSError):
-            raise
-        except Exception as error:
-            # torch.load raises whatever its parts raise: zip, pickle, storage.
-            raise damaged from error
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise damaged
-        try:
-            self._refuse_others(saved["identity"])
-            for stage in stages:
-                stage.load_state_dict(saved["stages"][stage.name])
-                if not 0 <= stage.position <= stage.total:
-                    raise damaged
-            self._earlier = float(saved["seconds"])
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise damaged from error
+        self._put(saved, stages)
         return True
 
     def save(self, stages: Sequence[Stage]) -> None:
+        if not self._world.main:
+            return
         states: dict[str, State] = {stage.name: stage.state_dict() for stage in stages}
         save_atomically(
             {
@@ -104,6 +101,7 @@ class Checkpoint:
                 "seconds": self.seconds,
             },
             self._path,
+            keep=self._before,
         )
         self._unsaved_steps, self._saved_at = 0, time.monotonic()
 
@@ -115,7 +113,67 @@ class Checkpoint:
             self.save(stages)
 
     def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+        if self._world.main:
+            self._path.unlink(missing_ok=True)
+            self._before.unlink(missing_ok=True)
+
+    def _read_either(self, stages: Sequence[Stage]) -> State | None:
+        """The last checkpoint, or if it is damaged the one before; None when there is neither."""
+        error: _DamagedError | None = None
+        for path in (self._path, self._before):
+            if not path.exists():
+                continue
+            try:
+                saved = self._read(path)
+                self._put(saved, stages)
+            except _DamagedError as damaged:
+                error = error or damaged
+                continue
+            if path == self._before:
+                self._notify(f"{self._path} is damaged or missing: using the one before.")
+                # The next one saved is not to push it out and keep the damaged one.
+                path.replace(self._path)
+            return saved
+        if error is not None:
+            raise error
+        return None
+
+    def _read(self, path: Path) -> State:
+        damaged = _DamagedError(
+            f"{path} is damaged: start again without --resume, which overwrites it"
+        )
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise damaged
+            # torch.load does not look at the checksums that torch.save has written.
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise damaged
+            saved = torch.load(path, weights_only=True)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:
+            # torch.load raises whatever its parts raise: zip, pickle, storage.
+            raise damaged from error
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise damaged
+        return saved
+
+    def _put(self, saved: State, stages: Sequence[Stage]) -> None:
+        damaged = _DamagedError(
+            f"{self._path} is damaged: start again without --resume, which overwrites it"
+        )
+        try:
+            self._refuse_others(saved["identity"])
+            for stage in stages:
+                stage.load_state_dict(saved["stages"][stage.name])
+                if not 0 <= stage.position <= stage.total:
+                    raise damaged
+            self._earlier = float(saved["seconds"])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise damaged from error
 
     def _refuse_others(self, identity: Mapping[str, Any]) -> None:
         for name in sorted(self._identity.keys() | identity.keys()):

@@ -20,6 +20,7 @@ from mlp.progress import StageProgress
 from mlp.proof import Proof
 from mlp.step_proof import StepProof
 from mlp.training import Arrays, Batches, Stage, Training, evaluate
+from mlp.world import World
 
 
 def fingerprint(data: Dataset) -> str:
@@ -35,7 +36,10 @@ def fingerprint(data: Dataset) -> str:
 class Job:
     """One run: its data as the networks take it, and its stages in their order."""
 
-    def __init__(self, settings: Settings, data: Dataset, layer: Layer) -> None:
+    def __init__(
+        self, settings: Settings, data: Dataset, layer: Layer, world: World | None = None
+    ) -> None:
+        self._world = world or World()
         scaling = Preprocessor.fit(settings.preprocess, data.train.images)
         dtype = settings.torch_dtype
         arrays = Arrays(
@@ -44,6 +48,7 @@ class Job:
                 data.train.labels,
                 settings.batch_size,
                 settings.seed,
+                self._world,
             ),
             validation=(scaling(data.validation.images, dtype), data.validation.labels),
             test=(scaling(data.test.images, dtype), data.test.labels),
@@ -68,7 +73,7 @@ class Job:
             self.step_proof = StepProof(settings, data.features)
             self.float64 = FreeFloat64(settings, arrays, layer)
             self.float32 = FreeFloat32(settings, arrays, layer)
-        self.training = Training(settings, arrays, layer, self.step_proof)
+        self.training = Training(settings, arrays, layer, self.step_proof, self._world)
         self.stages: list[Stage] = [
             stage for stage in (self.training, self.float64, self.float32) if stage is not None
         ]
@@ -86,14 +91,15 @@ class Job:
     def run(self, checkpoint: Checkpoint, stop: Interruption, console: Console) -> bool:
         """Go on with the stages until all are complete; False when interrupted before.
 
-        Either way the checkpoint then holds the state.
+        Either way the checkpoint then holds the state. A signal to one process stops all of them
+        after the same step.
         """
         with StageProgress(console, self.stages) as progress:
             for stage in self.stages:
                 while stage.position < stage.total:
                     line = stage.advance()
                     progress.stepped(stage, line)
-                    if stop.requested:
+                    if self._world.any(stop.requested):
                         checkpoint.save(self.stages)
                         return False
                     if line:
@@ -107,7 +113,12 @@ class Job:
         return [part.proof() for part in parts if part is not None]
 
     def finish(self, out: Path, console: Console, seconds: float) -> bool:
-        """Test, print the tables, write all files to `out`. Whether all proofs passed."""
+        """Test, print the tables, write all files to `out`. Whether all proofs passed.
+
+        Rank 0 does it for all.
+        """
+        if not self._world.main:
+            return True
         test = {
             learner.name: evaluate(learner.model, *self._arrays.test)
             for learner in self.training.learners
@@ -136,6 +147,8 @@ class Job:
             f"{self.description['name']}, batch norm {settings.placement} ReLU, "
             f"{settings.optimizer} {settings.lr:g}, batches of {settings.batch_size}"
         )
+        if settings.processes > 1:
+            about += f" in {settings.processes} processes"
         if settings.placement == "none":
             about = about.replace("batch norm none ReLU", "no batch norm")
         plots.plot_curves(self.training, f"Loss and accuracy: {about}", out / "curves.png")

@@ -13,6 +13,7 @@ import torch
 
 from mlp.data import DEFAULT_URL
 from mlp.model import PLACEMENTS
+from mlp.world import processes
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -31,6 +32,8 @@ class Settings:
     threads: int
     preprocess: str
     validate: str
+    processes: int = 1
+    sync_bn: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,6 +50,7 @@ class Options:
     cache: Path | None
     out: Path
     resume: bool
+    backend: str = "gloo"
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -128,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole(2, 1 << 20),
         default=64,
         metavar="N",
-        help="rows in a batch (default: %(default)s)",
+        help="rows in a batch, of all processes together (default: %(default)s)",
     )
     train.add_argument(
         "--optimizer",
@@ -167,19 +171,37 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--validate",
         choices=("off", "short", "full"),
-        default="short",
-        help="how much of the three proofs to run (default: %(default)s)",
+        help="how much of the three proofs to run (default: short; off under torchrun)",
     )
     run.add_argument(
         "--out", type=Path, metavar="DIR", help="where results go (default: runs/mlp-PLACEMENT)"
     )
     run.add_argument("--resume", action="store_true", help="go on from an interrupted run in --out")
+
+    together = parser.add_argument_group("several processes, started by torchrun")
+    together.add_argument(
+        "--sync-bn",
+        action="store_true",
+        help="torch_bn normalises by the statistics of the whole batch, not of each process's part",
+    )
+    together.add_argument(
+        "--backend",
+        default="gloo",
+        metavar="NAME",
+        help="of torch.distributed: gloo, or mpi where torch has it (default: %(default)s)",
+    )
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options in `argv` (the process's own when None). Exits with 2 when they are wrong."""
-    values = _parser().parse_args(argv)
+    parser = _parser()
+    values = parser.parse_args(argv)
+    count = processes()
+    if count > 1 and values.validate not in (None, "off"):
+        parser.error("argument --validate: the proofs are of one process; under torchrun it is off")
+    if values.sync_bn and count == 1:
+        parser.error("argument --sync-bn: there is one process; start several with torchrun")
     return Options(
         settings=Settings(
             placement=values.placement,
@@ -191,11 +213,14 @@ def parse(argv: Sequence[str] | None) -> Options:
             dtype=values.dtype,
             threads=values.threads or torch.get_num_threads(),
             preprocess=values.preprocess,
-            validate=values.validate,
+            validate=values.validate or ("short" if count == 1 else "off"),
+            processes=count,
+            sync_bn=values.sync_bn,
         ),
         data=values.data,
         data_url=values.data_url,
         cache=values.cache,
         out=values.out or Path("runs") / f"mlp-{values.placement}",
         resume=values.resume,
+        backend=values.backend,
     )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mlp.model import Layer, build_mlp, generator
 from mlp.options import Settings
+from mlp.world import World
 
 OURS, BUILTIN, WITHOUT = "torch_bn", "torch.nn", "no BN"
 
@@ -50,9 +51,13 @@ class Batches:
     """The batches of a split, in an order that depends on the seed and the epoch alone.
 
     So nothing about the order has to be saved to resume. Inputs are (n, features), labels (n,).
+    Each process gets its share of the rows of every batch.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, size: int, seed: int) -> None:
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, size: int, seed: int, world: World | None = None
+    ) -> None:
+        self._world = world or World()
         count = len(inputs)
         # A single row has no variance: batch norm refuses it in training.
         self.per_epoch = count // size if count % size == 1 else math.ceil(count / size)
@@ -71,15 +76,23 @@ class Batches:
             self._order = torch.randperm(len(self._inputs), generator=source)
             self._epoch = epoch
         rows = self._order[index * self._size : (index + 1) * self._size]
+        rows = rows[self._world.share(len(rows))]
         return self._inputs[rows].to(dtype), self._labels[rows]
+
+    def rows(self, step: int) -> int:
+        """Rows of the step's batch in all processes together."""
+        return min(self._size, len(self._inputs) - step % self.per_epoch * self._size)
 
 
 class Learner:
     """A model and its optimizer."""
 
-    def __init__(self, name: str, model: nn.Sequential, settings: Settings) -> None:
+    def __init__(
+        self, name: str, model: nn.Sequential, settings: Settings, world: World | None = None
+    ) -> None:
         self.name = name
         self.model = model
+        self.parallel = (world or World()).parallel(model)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(model.parameters(), lr=settings.lr)
             if settings.optimizer == "adam"
@@ -114,6 +127,7 @@ def make_learner(
     *,
     dtype: torch.dtype,
     seed: int | None = None,
+    world: World | None = None,
 ) -> Learner:
     """A learner with the initial weights of the seed (the settings' own when None)."""
     model = build_mlp(
@@ -123,7 +137,27 @@ def make_learner(
         seed=settings.seed if seed is None else seed,
         dtype=dtype,
     )
-    return Learner(name, model, settings)
+    if name == OURS and settings.sync_bn:
+        # Imported here: only a job of several processes asks for it.
+        import torch_bn
+
+        torch_bn.convert_sync(model)
+    return Learner(name, model, settings, world)
+
+
+def gradients_of_share(
+    model: nn.Module, x: Tensor, y: Tensor, rows: int, world: World
+) -> tuple[Tensor, Tensor]:
+    """The same on this process's share of a batch of `rows`, which may be empty.
+
+    The processes' losses are averaged with their gradients, so each counts its rows that many
+    times; the sum of all is the mean over the batch.
+    """
+    model.zero_grad(set_to_none=True)
+    output = model(x)
+    loss = F.cross_entropy(output, y, reduction="sum") / rows
+    (loss * world.size).backward()
+    return output.detach(), loss.detach()
 
 
 @torch.no_grad()
@@ -162,12 +196,25 @@ class Training:
     title = "training"
 
     def __init__(
-        self, settings: Settings, arrays: Arrays, layer: Layer, check: StepCheck | None
+        self,
+        settings: Settings,
+        arrays: Arrays,
+        layer: Layer,
+        check: StepCheck | None,
+        world: World | None = None,
     ) -> None:
+        self._world = world = world or World()
         names = [WITHOUT] if settings.placement == "none" else [OURS, BUILTIN, WITHOUT]
         layers = {OURS: layer, BUILTIN: nn.BatchNorm1d, WITHOUT: nn.BatchNorm1d}
         self.learners = [
-            make_learner(name, settings, arrays.features, layers[name], dtype=settings.torch_dtype)
+            make_learner(
+                name,
+                settings,
+                arrays.features,
+                layers[name],
+                dtype=settings.torch_dtype,
+                world=world,
+            )
             for name in names
         ]
         self.total = settings.epochs * arrays.train.per_epoch
@@ -181,15 +228,20 @@ class Training:
 
     def advance(self) -> str | None:
         x, y = self._arrays.train.at(self.position, self._dtype)
+        rows = self._arrays.train.rows(self.position)
         for learner in self.learners:
-            if learner.name == OURS and self._check and self._check.due(self.position):
+            if self._world.size > 1:
+                output, loss = gradients_of_share(learner.parallel, x, y, rows, self._world)
+            elif learner.name == OURS and self._check and self._check.due(self.position):
                 output, loss = self._check.check(learner.model, x, y, self.position)
             else:
                 output, loss = gradients(learner.model, x, y)
             tally = self._tally[learner.name]
-            tally["loss"] += loss.item() * len(y)
-            tally["correct"] += int((output.argmax(1) == y).sum())
-            tally["rows"] += len(y)
+            correct = (output.argmax(1) == y).sum()
+            found = self._world.sum(torch.stack((loss.double(), correct.double()))).tolist()
+            tally["loss"] += found[0] * rows
+            tally["correct"] += int(found[1])
+            tally["rows"] += rows
             learner.optimizer.step()
         self.position += 1
         if self.position % self._arrays.train.per_epoch:

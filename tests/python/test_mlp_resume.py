@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -134,15 +135,56 @@ def test_damaged_checkpoint_is_refused(damage: str, interrupted: Path) -> None:
         state = torch.load(interrupted, weights_only=True)
         del state["stages"]["training"]["learners"]["torch_bn"]
         torch.save(state, interrupted)
+    before = interrupted.with_name("checkpoint.pt.before")
+    kept = before.read_bytes()
+    before.unlink()
     again = job()
     with pytest.raises(CheckpointError) as refused:
         Checkpoint(interrupted, again.identity()).load(again.stages)
     assert str(refused.value) == (
         f"{interrupted} is damaged: start again without --resume, which overwrites it"
     )
+    # The one before it serves: of the end of the first epoch of three steps.
+    before.write_bytes(kept)
+    again = job()
+    words: list[str] = []
+    assert Checkpoint(interrupted, again.identity(), notify=words.append).load(again.stages)
+    assert words == [f"{interrupted} is damaged or missing: using the one before."]
+    assert again.stages[0].position == 3
+    assert run(again, interrupted, Interruption())
+    whole = job()
+    assert run(whole, interrupted.with_name("whole.pt"), Interruption())
+    assert same(outcome(again), outcome(whole))
+
+
+def test_a_full_disk_leaves_the_checkpoint(interrupted: Path) -> None:
+    content = interrupted.read_bytes()
+    program = (
+        "import resource, signal, sys, torch; from pathlib import Path; "
+        "from mlp.checkpoint import save_atomically; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+        "path = Path(sys.argv[1]); "
+        "save_atomically(torch.ones(100_000), path, path.with_name('kept'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(interrupted)], env=environment, capture_output=True
+    )
+    assert ended.returncode != 0
+    assert interrupted.read_bytes() == content
+    assert not interrupted.with_name("kept").exists()
+
+
+def test_a_kill_between_the_two_renames(interrupted: Path) -> None:
+    interrupted.unlink()
+    again = job()
+    assert Checkpoint(interrupted, again.identity(), notify=lambda _: None).load(again.stages)
+    assert again.stages[0].position == 3
 
 
 def test_nothing_in_a_checkpoint_is_executed(interrupted: Path) -> None:
+    interrupted.with_name("checkpoint.pt.before").unlink()
     torch.save({"format": 1, "code": subprocess.Popen}, interrupted)
     again = job()
     with pytest.raises(CheckpointError, match="is damaged"):

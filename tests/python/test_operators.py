@@ -105,6 +105,32 @@ def test_ghost_backward(shape: tuple[int, ...], mask: list[bool]) -> None:
     opcheck(OPS._ghost_batch_norm_backward.default, (gradient, x, weight, stats, 1e-5, 2, mask))
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 40), (0, 3)], ids=str)
+def test_synchronised(shape: tuple[int, ...]) -> None:
+    """The parts between the collectives; the whole is tested in processes, in test_sync.py."""
+    # Autograd is above these operators: the arguments need no gradient.
+    x, weight, bias, mean, var = (each.detach() for each in tensors(shape))
+    opcheck(OPS._sync_moments.default, (x, 5))
+    parts = torch.stack([OPS._sync_moments(part, 5) for part in (x, torch.randn(4, *shape[1:]))])
+    rest = (weight, bias, mean, var, torch.tensor(0), 0.1, 1e-5, "bn")
+    opcheck(OPS._sync_normalise.default, (x, parts, *rest))
+    _, stats = OPS._sync_normalise(x, parts, *rest)
+    g = torch.randn(shape)
+    opcheck(OPS._sync_gradient_sums.default, (g, x, stats, 5))
+    sums = torch.stack([OPS._sync_gradient_sums(g, x, stats, 5)] * 2)
+    opcheck(OPS._sync_gradient.default, (g, x, weight, stats, sums, "bn"))
+
+
+def test_synchronised_parts_of_another_shape_or_layer_are_refused() -> None:
+    x = torch.randn(6, 3)
+    rest = (None, None, None, None, None, 0.1, 1e-5, "bn")
+    with pytest.raises(RuntimeError, match=r"parts should be of .* shape \[processes, 8\]"):
+        OPS._sync_normalise(x, torch.zeros(2, 6, dtype=torch.double), *rest)
+    parts = torch.stack([OPS._sync_moments(x, mark) for mark in (5, 6)])
+    with pytest.raises(RuntimeError, match="'bn': the processes of ranks 0 and 1 of its group are"):
+        OPS._sync_normalise(x, parts, *rest)
+
+
 def test_every_operator_is_checked_here() -> None:
     registered = {
         name.split("::")[1]
@@ -122,6 +148,11 @@ def test_every_operator_is_checked_here() -> None:
         "ghost_batch_norm",
         "_ghost_batch_norm_forward",
         "_ghost_batch_norm_backward",
+        "_sync_moments",
+        "_sync_normalise",
+        "_sync_gradient_sums",
+        "_sync_gradient",
+        "sync_batch_norm",
     }
 
 

@@ -13,3 +13,4 @@
 #include <torch_bn/functional.h>
 #include <torch_bn/modules.h>
 #include <torch_bn/options.h>
+#include <torch_bn/sync.h>

@@ -1,0 +1,268 @@
+"""Measures SyncBatchNorm1d in 1, 2 and 4 processes of this machine.
+
+As root it runs in a network namespace of its own, where every byte of the loopback device is ours.
+Prints the table, and with --docs writes it and the plot into docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_bn
+
+CHANNELS = (100, 300, 1024, 4096)
+WORLDS = (1, 2, 4)
+ROWS = 64
+REPETITIONS = 41
+BEGIN = "<!-- BEGIN measured: written by python -m benchmarks.distributed --docs docs -->"
+END = "<!-- END measured -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one number of processes and channels; seconds, and bytes of all processes."""
+
+    world: int
+    channels: int
+    local_layer: float
+    sync_layer: float
+    gather: float
+    reduce: float
+    local_step: float
+    sync_step: float
+    layer_bytes: float
+
+    @property
+    def added(self) -> float:
+        return self.sync_layer - self.local_layer
+
+    @property
+    def allowed(self) -> float:
+        """A gather's and an all-reduce's own time, and a fifth."""
+        return 1.2 * (self.gather + self.reduce)
+
+
+def loopback_bytes() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    raise RuntimeError("there is no loopback device")
+
+
+def layer_step(layer: torch.nn.Module, channels: int) -> Callable[[], None]:
+    x = torch.randn(ROWS, channels, requires_grad=True)
+    g = torch.randn(ROWS, channels)
+
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer(x).backward(g)
+
+    return step
+
+
+def model_step(layer: torch.nn.Module, channels: int, world: int) -> Callable[[], None]:
+    """Of a Linear, the layer, a ReLU and a Linear, under DDP."""
+    model: torch.nn.Module = torch.nn.Sequential(
+        torch.nn.Linear(64, channels, bias=False),
+        layer,
+        torch.nn.ReLU(),
+        torch.nn.Linear(channels, 10),
+    )
+    if world > 1:
+        model = DistributedDataParallel(model)
+    x = torch.randn(ROWS, 64)
+
+    def step() -> None:
+        model.zero_grad()
+        model(x).square().mean().backward()
+
+    return step
+
+
+def collective(name: str, channels: int, world: int) -> Callable[[], None]:
+    """A message of the layer's size, straight through torch."""
+    group = dist.group.WORLD.group_name
+    functional = torch.ops._c10d_functional
+    part = torch.zeros(2 + 2 * channels, dtype=torch.double)
+    arguments = (part, world, group) if name == "all_gather_into_tensor" else (part, "sum", group)
+    operator = getattr(functional, name)
+    return lambda: functional.wait_tensor(operator(*arguments))
+
+
+def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Medians of the calls, one after the other in turn; all processes start each together."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(REPETITIONS):
+        for name, call in calls.items():
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in samples.items()}
+
+
+def work(rank: int, world: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{directory}/store{world}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    rows = []
+    for channels in CHANNELS:
+        local, sync = torch_bn.BatchNorm1d(channels), torch_bn.SyncBatchNorm1d(channels)
+        calls = {
+            "local_layer": layer_step(local, channels),
+            "sync_layer": layer_step(sync, channels),
+            "gather": collective("all_gather_into_tensor", channels, world),
+            "reduce": collective("all_reduce", channels, world),
+            "local_step": model_step(torch_bn.BatchNorm1d(channels), channels, world),
+            "sync_step": model_step(torch_bn.SyncBatchNorm1d(channels), channels, world),
+        }
+        found = interleaved(calls)
+        dist.barrier()
+        time.sleep(0.1)  # late bytes of the barrier
+        before = loopback_bytes()
+        for _ in range(REPETITIONS):
+            calls["sync_layer"]()
+        time.sleep(0.1)
+        sent = (loopback_bytes() - before) / REPETITIONS
+        rows.append(Row(world, channels, layer_bytes=sent, **found))
+    if rank == 0:
+        torch.save(rows, f"{directory}/{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}"
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [
+        "| processes | C | layer, local BN | layer, sync | sync adds | gather + all-reduce, and a "
+        "fifth | DDP step, local BN | DDP step, sync | bytes of a layer step | of these values |",
+        "| ---: " * 10 + "|",
+    ]
+    for row in rows:
+        values = 2 * row.world * (row.world - 1) * 8 * (2 + 2 * row.channels)
+        figures = (row.local_layer, row.sync_layer, row.added, row.allowed)
+        steps = (row.local_step, row.sync_step)
+        lines.append(
+            f"| {row.world} | {row.channels} | "
+            + " | ".join(microseconds(figure) for figure in (*figures, *steps))
+            + f" | {row.layer_bytes:,.0f} | {values:,} |"
+        )
+    return "\n".join(lines)
+
+
+def model_seconds(world: int, channels: int, latency: float, bandwidth: float) -> float:
+    """Two gathers in a ring: world - 1 steps, each with a neighbour's part."""
+    return 2 * (world - 1) * (latency + 8 * (2 + 2 * channels) / bandwidth)
+
+
+def fitted(rows: list[Row]) -> tuple[float, float]:
+    """Latency and bytes per second of a step of the ring, from the gathers of two processes."""
+    two = {row.channels: row.gather for row in rows if row.world == 2}
+    small, large = min(two), max(two)
+    bandwidth = 16 * (large - small) / max(two[large] - two[small], 1e-9)
+    return two[small] - 16 * small / bandwidth, bandwidth
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    latency, bandwidth = fitted(rows)
+    worlds = [2**i for i in range(1, 10)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, channels in enumerate(CHANNELS):
+        colour = f"C{number}"
+        times = [1e3 * model_seconds(n, channels, latency, bandwidth) for n in worlds]
+        right.plot(worlds, times, color=colour, label=f"C = {channels}")
+        ethernet = [1e3 * model_seconds(n, channels, 50e-6, 1.25e9) for n in worlds]
+        right.plot(worlds, ethernet, color=colour, linestyle=":")
+        found = [row for row in rows if row.channels == channels and row.world > 1]
+        right.plot(
+            [row.world for row in found], [1e3 * row.added for row in found], "o", color=colour
+        )
+        sent = [2 * (n - 1) * 8 * (2 + 2 * channels) / 1e3 for n in worlds]
+        left.plot(worlds, sent, color=colour, label=f"C = {channels}")
+        measured = [row.layer_bytes / row.world / 1e3 for row in found]
+        left.plot([row.world for row in found], measured, "o", color=colour)
+    left.set(title="Sent by each process, per layer and step", ylabel="kB")
+    right.set(title="Time that synchronising adds, per layer and step", ylabel="ms")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="processes in the group")
+        axes.set_xticks(worlds, [str(n) for n in worlds])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def in_own_network(arguments: list[str]) -> int | None:
+    """The same command where nobody else uses the loopback device; None where that is refused."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None or "BN_OWN_NETWORK" in os.environ:
+        return None
+    command = 'ip link set lo up && exec "$@"'
+    again = [sys.executable, "-m", "benchmarks.distributed", *arguments]
+    environment = {**os.environ, "BN_OWN_NETWORK": "1"}
+    probe = ["unshare", "-n", "sh", "-c", command, "-"]
+    if subprocess.run([*probe, "true"], capture_output=True).returncode != 0:
+        return None
+    return subprocess.run([*probe, *again], env=environment).returncode
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
+    parser.add_argument("--docs", type=Path, help="folder of distributed.md and its plot")
+    chosen = parser.parse_args(arguments)
+    status = in_own_network(arguments)
+    if status is not None:
+        return status
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for world in WORLDS:
+            torch.multiprocessing.spawn(work, (world, directory), nprocs=world)
+            rows += torch.load(f"{directory}/{world}.pt", weights_only=False)
+    table = markdown(rows)
+    latency, bandwidth = fitted(rows)
+    fit = (
+        f"A step of the ring between two processes here: {latency * 1e6:.0f} µs and "
+        f"{bandwidth / 1e6:,.0f} MB/s."
+    )
+    print(table, fit, sep="\n\n")
+    if chosen.docs:
+        page = chosen.docs / "distributed.md"
+        text = page.read_text()
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        about = f"Medians in µs; {os.cpu_count()} cores, one thread a process, {ROWS} rows each."
+        picture = "![Bytes and time of a layer step over the number of processes](distributed.png)"
+        block = "\n\n".join(["", about, table, fit, picture, ""])
+        page.write_text(text[:begin] + block + text[end:])
+        plot(rows, chosen.docs / "distributed.png")
+    return 0
+
+
+if __name__ == "__main__":
+    # By its module's name, as the processes it starts will see it.
+    from benchmarks import distributed
+
+    sys.exit(distributed.main(sys.argv[1:]))

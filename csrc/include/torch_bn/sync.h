@@ -1,0 +1,60 @@
+/// \file
+/// The layer whose batch lies in several processes.
+#pragma once
+
+#include <torch_bn/modules.h>
+
+#include <string>
+#include <utility>
+
+namespace torch_bn {
+
+/// A `BatchNorm1d` whose statistics are those of the batches of all processes of a group together.
+///
+/// In training, a forward and a backward exchange a few numbers per channel, in one collective each, and all
+/// processes hold the same statistics to the bit. Local batches may differ in size and be empty. Evaluation does
+/// not communicate. Weight and bias get the gradients of the local rows, to be averaged over the processes. There
+/// is no second derivative.
+///
+/// The first forward in training makes sure that all processes mean the same, and throws in all of them if not;
+/// with the environment variable TORCH_BN_SYNC_DEBUG=1 every forward does.
+class SyncBatchNorm1dImpl : public detail::BatchNormImplBase<SyncBatchNorm1dImpl> {
+ public:
+  /// \param options those of `BatchNorm1d`
+  /// \param group name under which `c10d::register_process_group` knows the group; empty for a layer alone, which
+  ///   is a `BatchNorm1d`
+  /// \param name the layer as messages name it, and by which the processes tell their layers apart: the same in
+  /// all
+  explicit SyncBatchNorm1dImpl(const BatchNorm1dOptions& options, std::string group = "", std::string name = "")
+      : detail::BatchNormImplBase<SyncBatchNorm1dImpl>(options),
+        group_(std::move(group)),
+        name_(std::move(name)) {}
+
+  /// Normalises `input`; in training by the statistics of all processes, and updates the running statistics.
+  ///
+  /// \param input (N, C) or (N, C, L) on CPU; float32, float64, bfloat16 or float16, of any strides; N may be 0
+  /// \return a contiguous tensor of the input's shape and type
+  /// \throws c10::Error as `BatchNorm1d`; when there is no group of that name, when the processes do not do the
+  /// same,
+  ///   or when a process has ended or does not come within the group's timeout
+  torch::Tensor forward(const torch::Tensor& input);
+
+  /// "SyncBatchNorm1d".
+  static const char* layer_name();
+
+ private:
+  std::string group_;
+  std::string name_;
+  bool agreed_ = false;
+};
+
+extern template class detail::BatchNormImplBase<SyncBatchNorm1dImpl>;
+
+/// Holds a `SyncBatchNorm1dImpl`.
+///
+/// ```
+/// torch_bn::SyncBatchNorm1d layer(300, "sync", "bn1");
+/// ```
+TORCH_MODULE(SyncBatchNorm1d);
+
+}  // namespace torch_bn

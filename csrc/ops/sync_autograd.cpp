@@ -1,0 +1,228 @@
+// The synchronised layer as one differentiable operator. Weight and bias get the gradients of the local rows, as
+// DistributedDataParallel expects: it averages them over the processes.
+#include <ATen/ops/mul.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <sstream>
+
+#include "checks.h"
+#include "sync.h"
+
+namespace torch_bn::ops::sync {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+namespace {
+
+std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+bool requires_grad(const std::optional<at::Tensor>& tensor) {
+  return is_given(tensor) && tensor->requires_grad();
+}
+
+// What takes no part in differentiation, passed beside the variables.
+struct Layer {
+  const std::optional<at::Tensor>& running_mean;
+  const std::optional<at::Tensor>& running_var;
+  const std::optional<at::Tensor>& num_batches_tracked;
+  std::optional<double> momentum;
+  double eps;
+  std::string group;
+  int64_t processes;
+  std::string name;
+  int64_t mark;
+};
+
+OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias, const Layer& layer) {
+  at::AutoDispatchBelowAutograd guard;
+  const at::Tensor parts =
+      all_gather(moments(input, layer.mark), layer.processes, layer.group, layer.name, "forward");
+  return normalise(input, parts, weight, bias, layer.running_mean, layer.running_var, layer.num_batches_tracked,
+                   layer.momentum, layer.eps, layer.name);
+}
+
+struct BackwardOptions {
+  const at::Tensor& stats;
+  std::string group;
+  int64_t processes;
+  std::string name;
+  int64_t mark;
+  OutputMask mask;
+};
+
+Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
+                         const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
+  at::AutoDispatchBelowAutograd guard;
+  const at::Tensor part = gradient_sums(grad_output, input, options.stats, options.mark);
+  const c10::SymInt channels = input.sym_size(1);
+  const auto values = [&](int which) { return part.narrow_symint(0, 2 + which * channels, channels); };
+  const auto dtype = parameter_dtype(input, weight);
+  Gradients result;
+  auto& [grad_input, grad_weight, grad_bias] = result;
+  if (options.mask[1])
+    grad_weight = at::mul(values(1), options.stats.narrow_symint(0, channels, channels)).to(dtype);
+  if (options.mask[2]) grad_bias = values(0).to(dtype, /*non_blocking=*/false, /*copy=*/true);
+  if (options.mask[0])
+    grad_input =
+        gradient(grad_output, input, weight, options.stats,
+                 all_gather(part, options.processes, options.group, options.name, "backward"), options.name);
+  return result;
+}
+
+// FNV-1a, in so many bits as a double holds exactly.
+int64_t mark_of(const std::string& settings) {
+  std::uint64_t hash = 14695981039346656037u;
+  for (const char c : settings) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  return static_cast<int64_t>((hash ^ (hash >> 53)) & ((std::uint64_t{1} << 53) - 1));
+}
+
+}  // namespace
+
+// The names of these two structs are what users see in a result's grad_fn.
+
+struct SyncBatchNormBackward : Function<SyncBatchNormBackward> {
+  static constexpr bool is_traceable = true;
+
+  // Returns the gradients that the mask asks for, and no others, in order.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
+                               const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
+    ctx->saved_data["name"] = options.name;
+    auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
+    variable_list results;
+    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias})
+      if (gradient.defined()) results.push_back(gradient);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, name_of(ctx->saved_data["name"].toStringRef()),
+                                " has no second derivative: its gradient cannot be differentiated again");
+  }
+};
+
+struct SyncBatchNorm : Function<SyncBatchNorm> {
+  static constexpr bool is_traceable = true;  // compiled autograd may look into the backward
+
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const Layer& layer) {
+    auto [output, stats] = forward_below(input, weight, bias, layer);
+    ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
+    ctx->saved_data["group"] = layer.group;
+    ctx->saved_data["processes"] = layer.processes;
+    ctx->saved_data["name"] = layer.name;
+    ctx->saved_data["mark"] = layer.mark;
+    if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor& input = saved[0];
+    const at::Tensor& weight = saved[1];
+    const auto bias_sizes = ctx->saved_data.find("bias_sizes");
+    const bool has_bias = bias_sizes != ctx->saved_data.end();
+    // Edges are numbered over the arguments that were given.
+    const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
+                             has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
+    const BackwardOptions options{saved[2],
+                                  ctx->saved_data["group"].toStringRef(),
+                                  ctx->saved_data["processes"].toInt(),
+                                  ctx->saved_data["name"].toStringRef(),
+                                  -ctx->saved_data["mark"].toInt(),  // the other direction
+                                  mask};
+    Gradients gradients;
+    if (at::GradMode::is_enabled() &&
+        (grads[0].requires_grad() || input.requires_grad() || requires_grad(optional_of(weight)))) {
+      const auto results = SyncBatchNormBackward::apply(grads[0], input, optional_of(weight), options);
+      std::size_t next = 0;
+      auto of_result = [&](std::size_t i) { return mask[i] ? results[next++] : at::Tensor(); };
+      gradients = Gradients{of_result(0), of_result(1), of_result(2)};
+    } else {
+      gradients = backward_below(grads[0], input, optional_of(weight), options);
+    }
+    auto& [grad_input, grad_weight, grad_bias] = gradients;
+    // Parameters may have any shape with C elements.
+    if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
+    if (mask[2] && bias_sizes->second.toListRef().size() != 1)
+      grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
+    return {grad_input, grad_weight, grad_bias, {}};
+  }
+};
+
+namespace {
+
+void check_transforms(const at::Tensor& input, const std::string& name) {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) && !input._fw_grad(/*level=*/0).defined(),
+      name, " serves neither the transforms of torch.func nor forward-mode AD");
+}
+
+at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& bias,
+                                const std::optional<at::Tensor>& running_mean,
+                                const std::optional<at::Tensor>& running_var,
+                                const std::optional<at::Tensor>& num_batches_tracked,
+                                std::optional<double> momentum, double eps, c10::string_view group,
+                                int64_t processes, c10::string_view layer_name, bool agree) {
+  const std::string name(layer_name);
+  check_transforms(input, name_of(name));
+  const bool recorded = at::GradMode::is_enabled();
+  std::ostringstream settings;
+  settings.precision(17);
+  settings << "layer '" << name << "', " << (input.dim() > 1 ? input.sym_size(1) : c10::SymInt(0)) << " channels, "
+           << input.scalar_type() << " input, " << parameter_dtype(input, running_mean, bias, weight)
+           << " parameters, momentum ";
+  momentum ? settings << *momentum : settings << "None";
+  settings << ", eps " << eps << ", input gradient "
+           << (recorded && input.requires_grad() ? "needed" : "not needed");
+  // Before any check of this process alone: what it would refuse then, all refuse together.
+  if (agree) agree_on(settings.str(), std::string(group), name);
+  check_forward_but_rows(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
+                         eps);
+  check_statistics_need_no_grad(running_mean, running_var);
+  const Layer layer{running_mean, running_var, num_batches_tracked,    momentum, eps, std::string(group),
+                    processes,    name,        mark_of(settings.str())};
+  if (recorded && (input.requires_grad() || requires_grad(weight) || requires_grad(bias)))
+    return SyncBatchNorm::apply(input, weight, bias, layer);
+  return std::get<0>(forward_below(input, weight, bias, layer));
+}
+
+// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
+OutputAndStats normalise_in_place(const at::Tensor& input, const at::Tensor& parts,
+                                  const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                                  const std::optional<at::Tensor>& running_mean,
+                                  const std::optional<at::Tensor>& running_var,
+                                  const std::optional<at::Tensor>& num_batches_tracked,
+                                  std::optional<double> momentum, double eps, c10::string_view layer) {
+  OutputAndStats result;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    result = normalise(input, parts, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                       layer);
+  }
+  for (const auto* written : {&running_mean, &running_var, &num_batches_tracked})
+    if (is_given(*written)) torch::autograd::impl::bump_version(**written);
+  return result;
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, CompositeImplicitAutograd, m) {
+  m.impl("sync_batch_norm", batch_norm_composite);
+}
+
+TORCH_LIBRARY_IMPL(torch_bn, ADInplaceOrView, m) {
+  m.impl("_sync_moments", torch::CppFunction::makeFallthrough());
+  m.impl("_sync_normalise", normalise_in_place);
+  m.impl("_sync_gradient_sums", torch::CppFunction::makeFallthrough());
+  m.impl("_sync_gradient", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace
+}  // namespace torch_bn::ops::sync

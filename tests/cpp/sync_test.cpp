@@ -1,0 +1,141 @@
+// SyncBatchNorm1d in C++: two members of a group, here two threads with a backend that exchanges in memory.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <torch_bn/torch_bn.h>
+
+#include <barrier>
+#include <cstring>
+#include <thread>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+
+namespace {
+
+constexpr int kMembers = 2;
+
+// What the members share.
+struct Meeting {
+  std::barrier<> barrier{kMembers};
+  std::array<at::Tensor, kMembers> said;
+};
+
+class Done : public c10d::Work {
+ public:
+  explicit Done(const at::Tensor& result) : result_{result} {}
+  bool isCompleted() override { return true; }
+  bool wait(std::chrono::milliseconds /*timeout*/) override { return true; }
+  std::vector<at::Tensor> result() override { return result_; }
+
+ private:
+  std::vector<at::Tensor> result_;
+};
+
+class InMemory : public c10d::Backend {
+ public:
+  InMemory(int rank, std::shared_ptr<Meeting> meeting) : Backend(rank, kMembers), meeting_(std::move(meeting)) {}
+  const std::string getBackendName() const override { return "in_memory"; }
+  c10::intrusive_ptr<Options> getBackendOptions() override {
+    return c10::make_intrusive<Options>("in_memory", std::chrono::milliseconds(5000));
+  }
+  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
+                                                 const c10d::AllgatherOptions& /*options*/) override {
+    meeting_->said[getRank()] = input;
+    meeting_->barrier.arrive_and_wait();
+    output.copy_(at::cat(std::vector<at::Tensor>(meeting_->said.begin(), meeting_->said.end())).view_as(output));
+    meeting_->barrier.arrive_and_wait();
+    return c10::make_intrusive<Done>(output);
+  }
+
+ private:
+  std::shared_ptr<Meeting> meeting_;
+};
+
+// Runs member(rank, group name) in two threads.
+template <typename Member>
+void together(Member member) {
+  auto meeting = std::make_shared<Meeting>();
+  auto store = c10::make_intrusive<c10d::HashStore>();
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kMembers; ++rank)
+    threads.emplace_back([=] {
+      // A process knows its group by one name; two members in one process need two.
+      const std::string name = "member " + std::to_string(rank);
+      auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, kMembers);
+      group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::CUSTOM,
+                        c10::make_intrusive<InMemory>(rank, meeting));
+      group->setDefaultBackend(c10d::ProcessGroup::BackendType::CUSTOM);
+      group->setGroupName(name);
+      c10d::register_process_group(name, group);
+      member(rank, name);
+      c10d::unregister_process_group(name);
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({20, 7}, torch::kDouble) + 5;
+  const auto g = torch::randn({20, 7}, torch::kDouble);
+  torch_bn::BatchNorm1d whole(7);
+  whole->to(torch::kDouble);
+  whole->num_batches_tracked = whole->num_batches_tracked.to(torch::kLong);
+  auto all = x.clone().requires_grad_();
+  auto want = whole->forward(all);
+  want.backward(g);
+  std::array<at::Tensor, kMembers> outputs;
+  std::array<at::Tensor, kMembers> gradients;
+  std::array<at::Tensor, kMembers> weights;
+  std::array<at::Tensor, kMembers> variances;
+  together([&](int rank, const std::string& group) {
+    const auto begin = rank == 0 ? 0 : 13;
+    const auto end = rank == 0 ? 13 : 20;
+    torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(7), group, "bn");
+    for (auto* each : {&layer->weight, &layer->bias, &layer->running_mean, &layer->running_var})
+      each->set_data(each->data().to(torch::kDouble));
+    auto own = x.slice(0, begin, end).clone().requires_grad_();
+    auto y = layer->forward(own);
+    y.backward(g.slice(0, begin, end));
+    outputs[rank] = y.detach();
+    gradients[rank] = own.grad();
+    weights[rank] = layer->weight.grad();
+    variances[rank] = layer->running_var;
+  });
+  // The same sums of 20 numbers in float64, in another order.
+  EXPECT_TRUE(torch::allclose(torch::cat({outputs[0], outputs[1]}), want, 1e-12, 1e-12));
+  EXPECT_TRUE(torch::allclose(torch::cat({gradients[0], gradients[1]}), all.grad(), 1e-12, 1e-12));
+  EXPECT_TRUE(torch::allclose(weights[0] + weights[1], whole->weight.grad(), 1e-12, 1e-12));
+  EXPECT_TRUE(torch::allclose(variances[0], whole->running_var, 1e-12, 1e-12));
+  EXPECT_TRUE(torch::equal(variances[0], variances[1]));
+}
+
+TEST(SyncBatchNorm1d, MembersThatDifferThrowBoth) {
+  together([](int rank, const std::string& group) {
+    torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5).momentum(rank == 0 ? 0.1 : 0.2), group, "bn");
+    try {
+      layer->forward(torch::randn({4, 5}));
+      ADD_FAILURE() << "it went on";
+    } catch (const c10::Error& error) {
+      const std::string words = error.what();
+      EXPECT_NE(words.find("SyncBatchNorm1d 'bn': the processes of group"), std::string::npos) << words;
+      EXPECT_NE(words.find("momentum 0.2"), std::string::npos) << words;
+    }
+  });
+}
+
+TEST(SyncBatchNorm1d, AloneAndInEvaluationItIsTheOrdinaryLayer) {
+  torch::manual_seed(0);
+  torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5));
+  torch_bn::BatchNorm1d ordinary(5);
+  const auto x = torch::randn({6, 5});
+  EXPECT_TRUE(torch::equal(layer->forward(x), ordinary->forward(x)));
+  layer->eval();
+  ordinary->eval();
+  EXPECT_TRUE(torch::equal(layer->forward(x), ordinary->forward(x)));
+  torch_bn::SyncBatchNorm1d nowhere(torch_bn::BatchNorm1dOptions(5), "no such group");
+  EXPECT_THROW(nowhere->forward(x), c10::Error);
+  nowhere->eval();
+  EXPECT_NO_THROW(nowhere->forward(x));
+}
+
+}  // namespace
