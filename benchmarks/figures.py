@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from .fused import COMPILE
 from .machine import one_line
+from .peers import DIRECTIONS
 from .result import Record, Result, Sample
 
 # Okabe and Ito's palette, told apart with every kind of colour vision.
@@ -25,6 +27,7 @@ COLOURS = {
     "onednn": "#CC79A7",
     "jax": "#56B4E9",
     "without": "#009E73",
+    "unfused": "#56B4E9",
     "copy": "#555555",
 }
 LABELS = {
@@ -34,6 +37,12 @@ LABELS = {
     "jax": "JAX",
     "without": "without batch norm",
 }
+FUSED_LABELS = {
+    "builtin": "builtin pair",
+    "unfused": "torch_bn and a ReLU",
+    "compile": "torch.compile of the builtin pair",
+}
+MARKS = {"compile": "s", "unfused": "^"}  # the others' is a disc
 STYLE = {
     "figure.dpi": 130,
     "font.size": 9.5,
@@ -76,39 +85,81 @@ def speed_up(result: Result) -> Figure | None:
         records = _most_threads(result.of("grid", what))
         cases = [r.case for r in records]
         records = records + _most_threads(result.of("peers", what))
-        peers = list(dict.fromkeys(n for r in records for n in r.ratios))
-        for i, name in enumerate(peers):
-            peer = name.removesuffix("/ours")
-            found = [
-                (cases.index(r.case), r.ratios[name])
-                for r in records
-                if name in r.ratios and r.case in cases
-            ]
-            shift = 0.14 * (i - (len(peers) - 1) / 2)
-            axes.errorbar(
-                [k + shift for k, _ in found],
-                [ratio.value for _, ratio in found],
-                # The quartiles of the pairs need not lie on both sides of the quotient of medians.
-                yerr=[
-                    [max(0.0, ratio.value - ratio.q1) for _, ratio in found],
-                    [max(0.0, ratio.q3 - ratio.value) for _, ratio in found],
-                ],
-                fmt="o",
-                markersize=5,
-                elinewidth=1.4,
-                color=COLOURS.get(peer),
-                label=label(peer),
-            )
-        _ratio_axis(axes)
+        _ratios(axes, records, cases)
         axes.set_ylabel(f"{what}\ntime / torch_bn's time")
-        axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     handles, labels = _legend_of(all_axes[:, 0])
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     figure.suptitle("Above 1, torch_bn is faster; bars are quartiles", x=0.01, ha="left")
     return figure
 
 
-def _legend_of(all_axes: Sequence[Axes]) -> tuple[list, list]:
+def _ratios(
+    axes: Axes, records: Sequence[Record], cases: Sequence[str], labels: Mapping[str, str] = LABELS
+) -> None:
+    """Every ratio of the records, case by case, with its quartiles."""
+    names = list(dict.fromkeys(n for r in records for n in r.ratios))
+    for i, name in enumerate(names):
+        peer = name.partition("/")[0]
+        found = [
+            (cases.index(r.case), r.ratios[name])
+            for r in records
+            if name in r.ratios and r.case in cases
+        ]
+        shift = 0.14 * (i - (len(names) - 1) / 2)
+        axes.errorbar(
+            [k + shift for k, _ in found],
+            [ratio.value for _, ratio in found],
+            # The quartiles of the pairs need not lie on both sides of the quotient of medians.
+            yerr=[
+                [max(0.0, ratio.value - ratio.q1) for _, ratio in found],
+                [max(0.0, ratio.q3 - ratio.value) for _, ratio in found],
+            ],
+            fmt=MARKS.get(peer, "o"),
+            markersize=5,
+            elinewidth=1.4,
+            color=COLOURS.get(peer),
+            label=labels.get(peer, peer),
+        )
+    _ratio_axis(axes)
+    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
+
+
+def fused(result: Result) -> Figure | None:
+    """How many times faster than the pair of layers, in both orders, with the most threads."""
+    found = dict.fromkeys(r.what for r in result.of("fused"))
+    orders = list(dict.fromkeys(what.split(", ")[1] for what in found))
+    directions = [w for w in DIRECTIONS if any(what.startswith(w) for what in found)]
+    if not directions:
+        return None
+    figure, all_axes = plt.subplots(
+        len(directions),
+        len(orders),
+        figsize=(6 * len(orders), 2.7 * len(directions)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for row, what in zip(all_axes, directions, strict=True):
+        for axes, order in zip(row, orders, strict=True):
+            records = _most_threads(result.of("fused", f"{what}, {order}"))
+            cases = [r.case for r in records]
+            beside = _most_threads(result.of("fused", f"{what}, {order}, {COMPILE}"))
+            _ratios(axes, records + beside, cases, FUSED_LABELS)
+            if axes in all_axes[0]:
+                axes.set_title(order)
+        row[0].set_ylabel(f"{what}\ntime / fused layer's time")
+    handles, labels = _legend_of(all_axes.flat)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    threads = _most_threads(result.of("fused"))[0].threads
+    figure.suptitle(
+        f"Above 1, the fused layer is faster; {threads} threads, bars are quartiles",
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def _legend_of(all_axes: Iterable[Axes]) -> tuple[list, list]:
     found = {}
     for axes in all_axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -251,6 +302,7 @@ def _quartile_bars(samples: Sequence[Sample]) -> list[list[float]]:
 
 FIGURES: dict[str, Callable[[Result], Figure | None]] = {
     "speed-up": speed_up,
+    "fused": fused,
     "kernels": kernels,
     "threads": scaling,
     "mlp": mlps,

@@ -30,10 +30,10 @@ def allocated_peak(call: Call, before: Call) -> int:
 
 
 def allocated_after(call: Call, before: Call) -> int:
-    """How many more bytes torch's CPU allocator has handed out after `call` than before it.
+    """How many bytes that torch's CPU allocator has handed out during `call` outlive it.
 
-    Counted as in `allocated_peak`; what `call` returns is dropped, so a call that is to leave
-    something behind has to keep it.
+    Counted as in `allocated_peak`. The profiler knows no release of what was handed out earlier,
+    and what `call` returns is dropped: what is to be counted, `call` has to keep.
     """
     return sum(_changes(call, before))
 

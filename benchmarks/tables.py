@@ -15,15 +15,15 @@ from .result import Ratio, Record, Result, Sample, geometric_mean
 PART_NAMES = {
     "grid": "Layers",
     "peers": "Other peers",
-    "fused": "Fused with ReLU",
+    "fused": "Fused",
     "kernels": "Kernels against the best copy",
     "small": "Small layers against calls that only allocate",
     "mlp": "Batch norm's share of an MLP's step",
-    "fused-mlp": "Fused with ReLU: the pair's share of an MLP's step",
+    "fused-mlp": "Fused: the pair's share of an MLP's step",
     "bf16": "bfloat16",
     "threads": "Threads",
     "memory": "Peak memory of a step",
-    "fused-memory": "Fused with ReLU: memory of a deep MLP's step",
+    "fused-memory": "Fused: memory of a deep MLP's step",
 }
 
 
@@ -41,6 +41,7 @@ class Table:
             title=self.title,
             box=box.SIMPLE_HEAD,
             title_justify="left",
+            min_width=len(self.title),  # a longer title would be broken
         )
         for i, name in enumerate(self.heading):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
@@ -199,7 +200,7 @@ _PAIR = (
 # What stands below the line of the quotients, the table's title and its caption.
 _SUMMARIES = {
     "grid": ("ours", "Layers in short", _SPREAD),
-    "fused": ("fused", "Fused with ReLU, in short", _PAIR),
+    "fused": ("fused", "Fused layers in short", _PAIR),
 }
 _LAYER_TITLES = {
     "step": "Layer step",

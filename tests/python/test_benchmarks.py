@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import guard, layers, models, native, page, peers, tables
+from benchmarks import fused, guard, layers, models, native, page, peers, tables
 from benchmarks.figures import draw
 from benchmarks.memory import allocated_peak, resident_peak
 from benchmarks.result import Ratio, Record, Result, Sample, geometric_mean
@@ -203,6 +203,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "SMALL", ((5, 3),))
     monkeypatch.setattr(models, "CROWD", (5, 3))
     monkeypatch.setattr(models, "MLPS", ((6, 5, 4, 3),))
+    monkeypatch.setattr(fused, "DEEP", (5, 4, 4, 3))
 
 
 def use_floor(monkeypatch: pytest.MonkeyPatch, floor: object) -> None:
@@ -245,7 +246,7 @@ def test_a_whole_run(
     for table in tables.all_tables(found):
         assert table.title in said
         assert f"### {table.title}" in text
-    for name in ("speed-up", "kernels", "threads", "mlp"):
+    for name in ("speed-up", "fused", "kernels", "threads", "mlp"):
         assert (docs / f"performance-{name}.png").stat().st_size > 10_000
         assert f"(performance-{name}.png)" in text
     # A second run keeps the other parts, and compares with the first.
