@@ -149,6 +149,8 @@ class Job:
         )
         if settings.processes > 1:
             about += f" in {settings.processes} processes"
+        if settings.fused:
+            about += ", fused"
         if settings.placement == "none":
             about = about.replace("batch norm none ReLU", "no batch norm")
         plots.plot_curves(self.training, f"Loss and accuracy: {about}", out / "curves.png")

@@ -34,6 +34,7 @@ class Settings:
     validate: str
     processes: int = 1
     sync_bn: bool = False
+    fused: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -120,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         help="batch norm nowhere, after each hidden ReLU, or before it (default: %(default)s)",
     )
     train.add_argument(
+        "--fused",
+        action="store_true",
+        help="torch_bn does each batch norm and the ReLU beside it in one operation",
+    )
+    train.add_argument(
         "--epochs",
         type=_whole(1, 100_000),
         default=10,
@@ -202,6 +208,10 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error("argument --validate: the proofs are of one process; under torchrun it is off")
     if values.sync_bn and count == 1:
         parser.error("argument --sync-bn: there is one process; start several with torchrun")
+    if values.fused and values.placement == "none":
+        parser.error("argument --fused: placement none has no batch norm to fuse")
+    if values.fused and values.sync_bn:
+        parser.error("argument --fused: not with --sync-bn, whose layers have no fused form")
     return Options(
         settings=Settings(
             placement=values.placement,
@@ -216,6 +226,7 @@ def parse(argv: Sequence[str] | None) -> Options:
             validate=values.validate or ("short" if count == 1 else "off"),
             processes=count,
             sync_bn=values.sync_bn,
+            fused=values.fused,
         ),
         data=values.data,
         data_url=values.data_url,

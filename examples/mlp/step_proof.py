@@ -39,14 +39,16 @@ class Observation:
     trace: Trace
 
 
-def _observe(model: nn.Sequential, x: Tensor, y: Tensor) -> Observation:
+def _observe(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settings) -> Observation:
     with Trace(model) as trace:
         output, loss = gradients(model, x, y)
     figures = {"output": output, "loss": loss}
     for name, parameter in model.named_parameters():
         figures[f"{name} gradient"] = parameter.grad
     for name in trace.names("bn"):
-        figures[f"{name}.input gradient"] = trace.input[name].grad
+        # Where a fused layer has the ReLU before the norm in it, its input is that of the ReLU.
+        first = name.replace("bn", "relu") if _is_relu_inside(settings) else name
+        figures[f"{name}.input gradient"] = trace.input[first].grad
     counters = {}
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):
@@ -58,6 +60,10 @@ def _observe(model: nn.Sequential, x: Tensor, y: Tensor) -> Observation:
         figures["output in evaluation"] = model(x)
         model.train()
     return Observation(output, loss, figures, counters, trace)
+
+
+def _is_relu_inside(settings: Settings) -> bool:
+    return settings.fused and settings.placement == "after"
 
 
 def _scales(exact: nn.Sequential, seen: Observation, placement: str) -> dict[str, float]:
@@ -161,9 +167,9 @@ class StepProof:
         Returns the output (N, classes) and the loss of `model`.
         """
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        ours = _observe(model, x, y)
+        ours = _observe(model, x, y, self._settings)
         self._builtin.load_state_dict(before)
-        builtin = _observe(self._builtin, x, y)
+        builtin = _observe(self._builtin, x, y, self._settings)
         masks, builtin_masks = ours.trace.masks(), builtin.trace.masks()
         exact, scales = self._observe_exact(before, x, y, masks)
         errors = _errors(ours, exact, scales)
@@ -297,5 +303,5 @@ class StepProof:
         self._exact.load_state_dict(before)
         for name, mask in masks.items():
             self._exact.get_submodule(name).mask = mask
-        seen = _observe(self._exact, x.double(), y)
+        seen = _observe(self._exact, x.double(), y, self._settings)
         return seen, _scales(self._exact, seen, self._settings.placement)

@@ -137,11 +137,14 @@ def make_learner(
         seed=settings.seed if seed is None else seed,
         dtype=dtype,
     )
-    if name == OURS and settings.sync_bn:
-        # Imported here: only a job of several processes asks for it.
+    if name == OURS and (settings.sync_bn or settings.fused):
+        # Imported here: the job's networks know layers by their interface alone.
         import torch_bn
 
-        torch_bn.convert_sync(model)
+        if settings.sync_bn:
+            torch_bn.convert_sync(model)
+        if settings.fused:
+            torch_bn.convert(model, fuse=True)
     return Learner(name, model, settings, world)
 
 

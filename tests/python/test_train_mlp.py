@@ -104,6 +104,7 @@ def test_data_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         ("--preprocess whiten", "--preprocess: invalid choice"),
         ("--validate some", "--validate: invalid choice"),
         ("--device cuda", "unrecognized arguments: --device cuda"),
+        ("--fused --placement none", "--fused: placement none has no batch norm to fuse"),
     ],
 )
 def test_wrong_arguments(argv: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +290,31 @@ def test_wrong_layer_fails(
     assert found["passed"] is not bool(failed)
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(f"FAILED: {STEP}" in last and name in last for name in failed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("placement", ["after", "before"])
+def test_fused_layers_pass_every_proof(
+    placement: str, dtype: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    names = ("BatchNormReLU1d", "ReLUBatchNorm1d")
+    for name in names:
+        cls = getattr(torch_bn, name)
+        forward = cls.forward
+
+        def watched(self: Any, x: Tensor, forward: Any = forward, name: str = name) -> Tensor:
+            seen.append(name)
+            return forward(self, x)
+
+        monkeypatch.setattr(cls, "forward", watched)
+    assert run(data, tmp_path, "--placement", placement, "--dtype", dtype, "--fused") == 0
+    found = report(tmp_path)
+    assert found["settings"]["fused"] is True
+    assert [proof["passed"] for proof in found["proofs"]] == [True] * 3
+    assert set(seen) == {names[placement == "after"]}
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert "bn1.running_mean" in state
 
 
 def test_layer_that_learns_nothing_fails_every_proof(data: Path, tmp_path: Path) -> None:
