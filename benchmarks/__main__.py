@@ -76,7 +76,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
         help="beside the builtin, at every shape and number of threads; default: all of them, at a "
         "few shapes",
     )
-    add("--quick", action="store_true", help="fewer shapes and repetitions, in under a minute")
+    add("--quick", action="store_true", help="fewer shapes and repetitions, in about a minute")
     add("--seconds", type=float, help="the time for one case")
     add("--json", type=Path, default=Path("runs/benchmarks/result.json"), help="written here")
     add("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and its plots")
@@ -117,6 +117,8 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             if name in ("bf16", "threads", "memory") and not chosen.shape:
                 large = layers.LARGE[:1] if chosen.quick else layers.LARGE
                 own = replace(plan, shapes=large)
+            elif name == "fused-mlp" and chosen.quick:
+                own = replace(plan, threads=plan.threads[:1])
             elif name in BUDGETS and not (chosen.quick or chosen.seconds):
                 own = replace(plan, budget=BUDGETS[name])
             gc.collect()
