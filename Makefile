@@ -7,9 +7,9 @@
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make accuracy                   the table of errors, docs/accuracy.md
-#   make bench                      time against the builtin and other peers, in under ten minutes
+#   make bench                      time against the builtin and other peers, in a quarter of an hour
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
-#   make bench-quick                fewer shapes, in under a minute
+#   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \

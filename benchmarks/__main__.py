@@ -40,9 +40,9 @@ PARTS: dict[str, Part] = {
     "memory": models.memory,
     "fused-memory": fused.memory,
 }
-# Of a case, where it isn't the usual: a difference of two long times needs more repetitions than a
-# time, and the cases of the fused layers are many.
-SECONDS = {"fused": 0.5, "mlp": 4.0, "fused-mlp": 3.0}
+# Where it isn't the usual: a difference of two long times needs more repetitions than a time, and
+# the cases of the fused layers are many.
+BUDGETS = {"fused": Budget(0.4, 5), "mlp": Budget(4.0), "fused-mlp": Budget(3.0)}
 OTHERS = tuple(name for name in PEERS if name not in ("ours", "builtin"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -76,7 +76,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
         help="beside the builtin, at every shape and number of threads; default: all of them, at a "
         "few shapes",
     )
-    add("--quick", action="store_true", help="fewer shapes and repetitions, in under a minute")
+    add("--quick", action="store_true", help="fewer shapes and repetitions, in about a minute")
     add("--seconds", type=float, help="the time for one case")
     add("--json", type=Path, default=Path("runs/benchmarks/result.json"), help="written here")
     add("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and its plots")
@@ -117,8 +117,10 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             if name in ("bf16", "threads", "memory") and not chosen.shape:
                 large = layers.LARGE[:1] if chosen.quick else layers.LARGE
                 own = replace(plan, shapes=large)
-            elif name in SECONDS and not (chosen.quick or chosen.seconds):
-                own = replace(plan, budget=Budget(SECONDS[name]))
+            elif name == "fused-mlp" and chosen.quick:
+                own = replace(plan, threads=plan.threads[:1])
+            elif name in BUDGETS and not (chosen.quick or chosen.seconds):
+                own = replace(plan, budget=BUDGETS[name])
             gc.collect()
             start = time.perf_counter()
             part(own, result)

@@ -94,9 +94,10 @@ def floats(*shapes: tuple[int, ...]) -> int:
 
 @pytest.mark.usefixtures("deep")
 def test_memory_of_a_deep_network() -> None:
-    batch, said = 256, []
+    # So few rows that all the gradients, where they are kept, take more than anything before.
+    batch, said = 8, []
     result = Result()
-    plan = command.layers.Plan(budget=Budget(0, 1, 1), batches=(32, batch), say=said.append)
+    plan = command.layers.Plan(budget=Budget(0, 1, 1), batches=(4, batch), say=said.append)
     fused.memory(plan, result)
     records = {(r.what, r.case): r for r in result.of("fused-memory")}
     for order in fused.ORDERS:
@@ -115,7 +116,7 @@ def test_memory_of_a_deep_network() -> None:
             assert held.samples[name].median < bare.samples[name].median
             # All gradients are there at the end of the step, but not where each is dropped.
             assert peak.samples[name].median >= sum(weights) + norms
-            assert bare.samples[name].median <= peak.samples[name].median
+            assert bare.samples[name].median < sum(weights)
         assert {held.unit, peak.unit, bare.unit, time.unit} == {"B", "s"}
         assert held.ratios["fused/builtin"].better == "lower"
         assert time.ratios["fused/builtin"].better is None
