@@ -7,7 +7,7 @@
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make accuracy                   the table of errors, docs/accuracy.md
-#   make bench                      time against the builtin and other peers, in a quarter of an hour
+#   make bench                      time against the builtin and other peers, in ten minutes
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
 #   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
