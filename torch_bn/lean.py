@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook
 
 from torch_bn import _serve
@@ -84,6 +85,8 @@ def lean() -> Iterator[None]:
             yield
     finally:
         handle.remove()
+        # torch leaves its note of the hook behind, and warns of it when a module is compiled.
+        module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 class _Output:
