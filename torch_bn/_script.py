@@ -29,42 +29,16 @@ def batch_norm(
         x = torch.relu(input) if relu == 2 else input
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
         return torch.relu(y) if relu == 1 else y
+    statistics = (running_mean, running_var, num_batches_tracked)
+    settings = (training, momentum, eps)
     if relu == 1:
         result: Tensor = torch.ops.torch_bn.batch_norm_relu(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
+            input, weight, bias, *statistics, *settings
         )
     elif relu == 2:
-        result = torch.ops.torch_bn.relu_batch_norm(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-        )
+        result = torch.ops.torch_bn.relu_batch_norm(input, weight, bias, *statistics, *settings)
     else:
-        result = torch.ops.torch_bn.batch_norm(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-        )
+        result = torch.ops.torch_bn.batch_norm(input, weight, bias, *statistics, *settings)
     return result
 
 
@@ -87,31 +61,13 @@ def layer(
     x = input.transpose(1, 2) if transposed else input
     if virtual_batch_size is not None and relu == 2:
         x = torch.relu(x)
+    statistics = (running_mean, running_var, num_batches_tracked)
+    settings = (training, momentum, eps)
     if virtual_batch_size is None:
-        result = batch_norm(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            relu,
-        )
+        result = batch_norm(x, weight, bias, *statistics, *settings, relu)
     else:
         result = torch.ops.torch_bn.ghost_batch_norm(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            virtual_batch_size,
+            x, weight, bias, *statistics, *settings, virtual_batch_size
         )
         if relu == 1:
             result = torch.relu(result)

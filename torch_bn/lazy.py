@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bn import _ghost
-from torch_bn.modules import BatchNorm1d
+from torch_bn.modules import BatchNorm1d, _set_own_options
 
 __all__ = ["LazyBatchNorm1d"]
 
@@ -68,11 +67,7 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
         channels_last: bool = False,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        _ghost.check_size(virtual_batch_size)
-        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
-            self.virtual_batch_size = virtual_batch_size
-        if channels_last:
-            self.channels_last = True
+        _set_own_options(self, virtual_batch_size, channels_last)
 
     def initialize_parameters(self, input: Tensor, **_: Any) -> None:
         """Take the number of channels from the first input, before the forward has checked it."""

@@ -14,6 +14,15 @@ from torch_bn import _ghost, _script, _sequences, _serve
 __all__ = ["BatchNorm1d"]
 
 
+def _set_own_options(layer: Any, virtual_batch_size: int | None, channels_last: bool) -> None:
+    """The options that torch's layer lacks; an ordinary layer has the attributes of torch's."""
+    _ghost.check_size(virtual_batch_size)
+    if virtual_batch_size is not None:
+        layer.virtual_batch_size = virtual_batch_size
+    if channels_last:
+        layer.channels_last = True
+
+
 class BatchNorm1d(torch.nn.BatchNorm1d):
     r"""Batch normalization over an (N, C) or (N, C, L) input, in place of torch's own layer.
 
@@ -106,11 +115,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
-        _ghost.check_size(virtual_batch_size)
-        if virtual_batch_size is not None:  # an ordinary layer has the attributes of torch's
-            self.virtual_batch_size = virtual_batch_size
-        if channels_last:
-            self.channels_last = True
+        _set_own_options(self, virtual_batch_size, channels_last)
 
     def extra_repr(self) -> str:
         """The options of torch's layer, and those of ours that are set."""

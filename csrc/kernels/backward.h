@@ -278,13 +278,7 @@ struct BackwardScratch {
     narrow_slope = arrays.take<float>(channels);
     narrow_shift = arrays.take<float>(channels);
     plain = arrays.take<std::uint8_t>(channels);
-    of.mean = const_cast<double*>(args.mean);
-    of.scale = arrays.take<double>(channels);
-    of.bias = arrays.take<double>(channels);
-    of.high = arrays.take<float>(channels);
-    of.narrow_scale = arrays.take<float>(channels);
-    of.narrow_bias = arrays.take<float>(channels);
-    of.plain = arrays.take<std::uint8_t>(channels);
+    of = Coefficients::take(arrays, const_cast<double*>(args.mean), channels);
   }
 };
 
@@ -371,6 +365,15 @@ void write_grad_input(const BackwardArgs& args, const BackwardScratch& scratch, 
   }
 }
 
+// Whether grad_input bypasses the caches. Over the gradient itself it is written to lines that are there already.
+template <typename Element>
+bool streams_grad_input(const BackwardArgs& args) {
+  const Shape& shape = args.shape;
+  const i64 bytes = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(typename Element::Storage));
+  return bytes >= args.stream_from && can_stream<Element>(shape, args.grad_input) &&
+         args.grad_input != args.grad_output.data;
+}
+
 template <typename Element, typename Param, Relu kRelu>
 void backward(const BackwardArgs& args) {
   const Shape& shape = args.shape;
@@ -380,9 +383,7 @@ void backward(const BackwardArgs& args) {
       args.grad_weight != nullptr || args.grad_bias != nullptr || (args.training && args.grad_input != nullptr);
   constexpr i64 kSize = sizeof(typename Element::Storage);
   const i64 elements = partition.rows * shape.c;
-  // Over the gradient itself results are written to lines that are in the cache already.
-  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.grad_input) &&
-                      args.grad_input != args.grad_output.data;
+  const bool stream = streams_grad_input<Element>(args);
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/2, team.size());

@@ -73,15 +73,7 @@ struct Normalise {
 inline Coefficients forward_coefficients(const ForwardArgs& args, const Partition& partition) {
   const i64 channels = args.shape.c;
   Arrays arrays(args.scratch + kForwardPartials * partition.segments * channels);
-  Coefficients of;
-  of.mean = args.mean;
-  of.scale = arrays.take<double>(channels);
-  of.bias = arrays.take<double>(channels);
-  of.high = arrays.take<float>(channels);
-  of.narrow_scale = arrays.take<float>(channels);
-  of.narrow_bias = arrays.take<float>(channels);
-  of.plain = arrays.take<std::uint8_t>(channels);
-  return of;
+  return Coefficients::take(arrays, args.mean, channels);
 }
 
 // From the batch's moments to what normalises it, and into the running statistics.
@@ -130,18 +122,26 @@ void finish_channels(const ForwardArgs& args, const Partition& partition, const 
   set_coefficients<Element, Param>(args, of, channels);
 }
 
+// What is done to every element, and how the result is written.
+template <typename Element, Relu kRelu>
+auto normalisation(const ForwardArgs& args, const Coefficients& of) {
+  const Normalise<kRelu, double> in_double{of.mean, of.scale, of.bias};
+  const Normalise<kRelu, float> in_float{of.high, of.narrow_scale, of.narrow_bias};
+  const auto& real = select<Element::kIsDouble>(in_double, in_float);
+  const Shape& shape = args.shape;
+  const i64 bytes = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(typename Element::Storage));
+  const bool stream = bytes >= args.stream_from && can_stream<Element>(shape, args.output);
+  return Operation{real, in_double, of.plain, stream};
+}
+
 template <typename Element, typename Param, Relu kRelu>
 void forward(const ForwardArgs& args) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
   const Coefficients of = forward_coefficients(args, partition);
-  const Normalise<kRelu, double> in_double{of.mean, of.scale, of.bias};
-  const Normalise<kRelu, float> in_float{of.high, of.narrow_scale, of.narrow_bias};
-  const auto& real = select<Element::kIsDouble>(in_double, in_float);
+  const auto op = normalisation<Element, kRelu>(args, of);
   constexpr i64 kSize = sizeof(typename Element::Storage);
   const i64 elements = partition.rows * shape.c;
-  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.output);
-  const Operation op{real, in_double, of.plain, stream};
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/1, team.size());

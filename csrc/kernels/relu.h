@@ -50,7 +50,20 @@ struct Coefficients {
   float* narrow_bias;
   std::uint8_t* plain;  // whether the forward took the form for float32
 
-  // The rest from mean, scale and bias.
+  // The rest of the arrays, for a mean that lies elsewhere.
+  static Coefficients take(Arrays& arrays, double* mean, i64 channels) {
+    Coefficients of;
+    of.mean = mean;
+    of.scale = arrays.take<double>(channels);
+    of.bias = arrays.take<double>(channels);
+    of.high = arrays.take<float>(channels);
+    of.narrow_scale = arrays.take<float>(channels);
+    of.narrow_bias = arrays.take<float>(channels);
+    of.plain = arrays.take<std::uint8_t>(channels);
+    return of;
+  }
+
+  // The values from mean, scale and bias.
   template <typename Element>
   void narrow(i64 c) const {
     const float above = static_cast<float>(mean[c]);

@@ -66,13 +66,8 @@ void normalise_by_parts(const ForwardArgs& args, const Parts& parts) {
   Partition one = partition;
   one.segments = 1;
   const Coefficients of = forward_coefficients(args, one);
-  const Normalise<kRelu, double> in_double{of.mean, of.scale, of.bias};
-  const Normalise<kRelu, float> in_float{of.high, of.narrow_scale, of.narrow_bias};
-  const auto& real = select<Element::kIsDouble>(in_double, in_float);
-  constexpr i64 kSize = sizeof(typename Element::Storage);
+  const auto op = normalisation<Element, kRelu>(args, of);
   const i64 elements = partition.rows * shape.c;
-  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.output);
-  const Operation op{real, in_double, of.plain, stream};
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Range own = share_of_channels(team, shape.c);
@@ -117,9 +112,7 @@ void gradient_by_sums(const BackwardArgs& args, const PartialSums& sums) {
   partition.segments = 1;
   partition.rows = static_cast<i64>(sums.rows);
   const BackwardScratch scratch(args, partition);
-  constexpr i64 kSize = sizeof(typename Element::Storage);
-  const bool stream = elements * kSize >= args.stream_from && can_stream<Element>(shape, args.grad_input) &&
-                      args.grad_input != args.grad_output.data;
+  const bool stream = streams_grad_input<Element>(args);
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Range own = share_of_channels(team, shape.c);

@@ -12,10 +12,6 @@ namespace {
 
 using ops::Chunks;
 
-std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
 at::Tensor ordinary(const at::Tensor& input, const Layer& layer) {
   return batch_norm(ops::Relu::none, input, layer.weight, layer.bias, layer.running_mean, layer.running_var,
                     layer.num_batches_tracked, layer.by_batch, layer.momentum, layer.eps);
@@ -27,9 +23,9 @@ at::Tensor in_chunks(const at::Tensor& input, const Layer& layer, std::optional<
                     *virtual_batch_size);
   const at::Tensor& counter = layer.num_batches_tracked;
   if (!counter.defined() || counter.scalar_type() == at::kLong)
-    return ops::ghost_batch_norm(input, optional_of(layer.weight), optional_of(layer.bias),
-                                 optional_of(layer.running_mean), optional_of(layer.running_var),
-                                 optional_of(counter), layer.by_batch, layer.momentum, layer.eps,
+    return ops::ghost_batch_norm(input, ops::optional_of(layer.weight), ops::optional_of(layer.bias),
+                                 ops::optional_of(layer.running_mean), ops::optional_of(layer.running_var),
+                                 ops::optional_of(counter), layer.by_batch, layer.momentum, layer.eps,
                                  *virtual_batch_size);
   // Module::to(dtype) in C++ converts the counter too.
   const Chunks chunks(input, *virtual_batch_size);

@@ -5,12 +5,6 @@
 namespace torch_bn::nn {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-OptionalTensor optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 // The share of the coming batch in the running statistics.
 double factor_of(std::optional<double> momentum, const at::Tensor& num_batches_tracked) {
   if (momentum) return *momentum;
@@ -73,10 +67,10 @@ at::Tensor batch_norm(ops::Relu relu, const at::Tensor& input, const at::Tensor&
   if (rank == 2 || rank == 3) {
     try {
       const bool apart = is_counted_apart(num_batches_tracked);
-      auto output =
-          ops::batch_norm(relu, input, optional_of(weight), optional_of(bias), optional_of(running_mean),
-                          optional_of(running_var), apart ? std::nullopt : optional_of(num_batches_tracked),
-                          training, apart ? factor_of(momentum, num_batches_tracked) : momentum, eps);
+      auto output = ops::batch_norm(relu, input, ops::optional_of(weight), ops::optional_of(bias),
+                                    ops::optional_of(running_mean), ops::optional_of(running_var),
+                                    apart ? std::nullopt : ops::optional_of(num_batches_tracked), training,
+                                    apart ? factor_of(momentum, num_batches_tracked) : momentum, eps);
       if (apart) num_batches_tracked.add_(1);
       return output;
     } catch (const c10::ValueError&) {

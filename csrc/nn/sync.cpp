@@ -11,10 +11,6 @@
 namespace torch_bn {
 namespace {
 
-std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
 bool checks_every_call() {
   const char* value = std::getenv("TORCH_BN_SYNC_DEBUG");
   return value != nullptr && *value != '\0' && std::string_view(value) != "0";
@@ -37,9 +33,10 @@ torch::Tensor SyncBatchNorm1dImpl::forward(const torch::Tensor& input) {
                           options.momentum(), options.eps());
   TORCH_CHECK(input.is_cpu(), "SyncBatchNorm1d expected its input on CPU (got ", input.device(), ")");
   const bool agree = !agreed_ || checks_every_call();
-  auto output = ops::sync::batch_norm(input, optional_of(weight), optional_of(bias), optional_of(running_mean),
-                                      optional_of(running_var), optional_of(num_batches_tracked),
-                                      options.momentum(), options.eps(), group_, processes, name_, agree);
+  auto output = ops::sync::batch_norm(input, ops::optional_of(weight), ops::optional_of(bias),
+                                      ops::optional_of(running_mean), ops::optional_of(running_var),
+                                      ops::optional_of(num_batches_tracked), options.momentum(), options.eps(),
+                                      group_, processes, name_, agree);
   agreed_ = true;
   return output;
 }

@@ -27,12 +27,6 @@ struct ForwardOptions {
   bool plain;
 };
 
-// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
-void bump_versions(std::initializer_list<const std::optional<at::Tensor>*> written) {
-  for (const auto* tensor : written)
-    if (is_given(*tensor)) torch::autograd::impl::bump_version(**tensor);
-}
-
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
   if (options.plain) {
@@ -125,13 +119,12 @@ struct BatchNorm : Function<BatchNorm> {
   }
 };
 
-// Returns the gradients that the mask asks for, and no others, in order.
 struct BatchNormBackward : Function<BatchNormBackward> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
-    auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
+    const Gradients gradients = backward_below(grad_output, input, weight, options);
     ctx->save_for_backward(
         {grad_output, input, tensor_or_undefined(weight), options.stats, tensor_or_undefined(options.bias)});
     ctx->set_materialize_grads(false);
@@ -140,19 +133,13 @@ struct BatchNormBackward : Function<BatchNormBackward> {
     ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["mask"] =
         c10::List<bool>({options.output_mask[0], options.output_mask[1], options.output_mask[2]});
-    variable_list results;
-    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias})
-      if (gradient.defined()) results.push_back(gradient);
-    return results;
+    return asked_for(gradients);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto mask = ctx->saved_data["mask"].toBoolList();
-    std::size_t next = 0;
-    auto of_result = [&](std::size_t i) { return mask[i] ? grads[next++] : at::Tensor(); };
-    // In declared order: a braced list is evaluated from left to right.
-    const Gradients of_results{of_result(0), of_result(1), of_result(2)};
+    const Gradients of_results = by_mask(mask, grads);
     auto result = decompose::double_backward(
         of_results, saved[0], saved[1], saved[2], saved[3], ctx->saved_data["training"].toBool(),
         ctx->saved_data["eps"].toDouble(), saved[4], ctx->saved_data["relu"].toInt());
@@ -204,9 +191,7 @@ Gradients backward_autograd(const at::Tensor& grad_output, const at::Tensor& inp
   const BackwardOptions options{stats, training, eps, output_mask, bias, relu};
   if (!needs_recording(grad_output, input, weight)) return backward_below(grad_output, input, weight, options);
   const auto results = BatchNormBackward::apply(grad_output, input, weight, options);
-  std::size_t next = 0;
-  auto of_result = [&](std::size_t i) { return output_mask[i] ? results[next++] : at::Tensor(); };
-  return Gradients{of_result(0), of_result(1), of_result(2)};
+  return by_mask(output_mask, results);
 }
 
 // Nothing is differentiable here: the statistics are constants to autograd.

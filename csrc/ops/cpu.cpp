@@ -41,13 +41,7 @@ OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::op
   args.threads = thread_count();
   args.stream_from = kernels::stream_from();
 
-  // Nothing below this line can fail, so a refused call has changed nothing.
-  args.momentum = momentum.value_or(0.0);
-  if (training && is_given(num_batches_tracked)) {
-    auto* counter = num_batches_tracked->mutable_data_ptr<int64_t>();
-    ++*counter;
-    if (!momentum) args.momentum = 1.0 / static_cast<double>(*counter);
-  }
+  if (training) args.momentum = count_batch(num_batches_tracked, momentum);
   if (input.numel() > 0) {
     table.forward(args);
   } else {

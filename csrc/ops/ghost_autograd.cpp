@@ -181,32 +181,25 @@ struct GhostBatchNorm : Function<GhostBatchNorm> {
   }
 };
 
-// Returns the gradients that the mask asks for, and no others, in order.
 struct GhostBatchNormBackward : Function<GhostBatchNormBackward> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const GhostBackwardOptions& options) {
-    auto [grad_input, grad_weight, grad_bias] = ghost_backward_below(grad_output, input, weight, options);
+    const Gradients gradients = ghost_backward_below(grad_output, input, weight, options);
     ctx->save_for_backward({grad_output, input, tensor_or_undefined(weight), options.stats});
     ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["virtual_batch_size"] = options.virtual_batch_size;
     ctx->saved_data["mask"] =
         c10::List<bool>({options.output_mask[0], options.output_mask[1], options.output_mask[2]});
-    variable_list results;
-    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias})
-      if (gradient.defined()) results.push_back(gradient);
-    return results;
+    return asked_for(gradients);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto mask = ctx->saved_data["mask"].toBoolList();
-    std::size_t next = 0;
-    auto of_result = [&](std::size_t i) { return mask[i] ? grads[next++] : at::Tensor(); };
-    // In declared order: a braced list is evaluated from left to right.
-    const Gradients of_results{of_result(0), of_result(1), of_result(2)};
+    const Gradients of_results = by_mask(mask, grads);
     auto result = decompose::ghost_double_backward(of_results, saved[0], saved[1], saved[2], saved[3],
                                                    ctx->saved_data["eps"].toDouble(),
                                                    ctx->saved_data["virtual_batch_size"].toInt());
@@ -246,12 +239,9 @@ Gradients ghost_backward_autograd(const at::Tensor& grad_output, const at::Tenso
   if (!needs_recording(grad_output, input, weight))
     return ghost_backward_below(grad_output, input, weight, options);
   const auto results = GhostBatchNormBackward::apply(grad_output, input, weight, options);
-  std::size_t next = 0;
-  auto of_result = [&](std::size_t i) { return output_mask[i] ? results[next++] : at::Tensor(); };
-  return Gradients{of_result(0), of_result(1), of_result(2)};
+  return by_mask(output_mask, results);
 }
 
-// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
 OutputAndStats ghost_forward_in_place(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                       const std::optional<at::Tensor>& bias,
                                       const std::optional<at::Tensor>& running_mean,
@@ -264,8 +254,7 @@ OutputAndStats ghost_forward_in_place(const at::Tensor& input, const std::option
     result = ghost_batch_norm_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
                                       momentum, eps, virtual_batch_size);
   }
-  for (const auto* written : {&running_mean, &running_var, &num_batches_tracked})
-    if (is_given(*written)) torch::autograd::impl::bump_version(**written);
+  bump_versions({&running_mean, &running_var, &num_batches_tracked});
   return result;
 }
 

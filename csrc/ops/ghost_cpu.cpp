@@ -134,13 +134,8 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   // Nothing below this line can fail, so a refused call has changed nothing.
   const ChannelView mean = statistics_view(running_mean, /*written=*/true);
   const ChannelView var = statistics_view(running_var, /*written=*/true);
-  auto* counter = is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   for (int64_t i = 0; i < chunks.count(); ++i) {
-    double factor = momentum.value_or(0.0);
-    if (counter != nullptr) {
-      ++*counter;
-      if (!momentum) factor = 1.0 / static_cast<double>(*counter);
-    }
+    const double factor = count_batch(num_batches_tracked, momentum);
     if (!moves) continue;
     const double rest = static_cast<double>(chunks.size(i) * batch.shape.l) - 1.0;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, param_type, "ghost_batch_norm", [&] {

@@ -74,6 +74,15 @@ class Scratch {
   double stack_[kOnStack];  // NOLINT: left uninitialised on purpose
 };
 
+// Counts a batch where there is a counter, and returns its share in the running statistics. The last thing to do
+// before a kernel runs: nothing after it can fail, so that a refused call has changed nothing.
+inline double count_batch(const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
+  if (!is_given(num_batches_tracked)) return momentum.value_or(0.0);
+  auto* counter = num_batches_tracked->mutable_data_ptr<int64_t>();
+  ++*counter;
+  return momentum ? *momentum : 1.0 / static_cast<double>(*counter);
+}
+
 inline int thread_count() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <optional>
 
@@ -39,14 +40,33 @@ bool needs_recording(const Inputs&... inputs) {
   return at::GradMode::is_enabled() && (requires_grad(inputs) || ...);
 }
 
-inline std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
 // Takes the statistics past autograd: as a result they would have to be marked non-differentiable, which compiled
 // autograd does not know.
 struct StatsResult {
   at::Tensor* stats;
 };
+
+// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
+inline void bump_versions(std::initializer_list<const std::optional<at::Tensor>*> written) {
+  for (const auto* tensor : written)
+    if (is_given(*tensor)) torch::autograd::impl::bump_version(**tensor);
+}
+
+// A recorded backward returns the gradients that its mask asks for, and no others, in order.
+inline torch::autograd::variable_list asked_for(const Gradients& gradients) {
+  torch::autograd::variable_list results;
+  for (const at::Tensor& gradient : {std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)})
+    if (gradient.defined()) results.push_back(gradient);
+  return results;
+}
+
+// The other way: each at its place, undefined where none was asked for.
+template <typename Mask>
+Gradients by_mask(const Mask& mask, const torch::autograd::variable_list& results) {
+  std::size_t next = 0;
+  auto of_result = [&](std::size_t i) { return mask[i] ? results[next++] : at::Tensor(); };
+  // In declared order: a braced list is evaluated from left to right.
+  return Gradients{of_result(0), of_result(1), of_result(2)};
+}
 
 }  // namespace torch_bn::ops

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "checks.h"
+#include "recording.h"
 #include "sync.h"
 
 namespace torch_bn::ops::sync {
@@ -17,14 +18,6 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 namespace {
-
-std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
-bool requires_grad(const std::optional<at::Tensor>& tensor) {
-  return is_given(tensor) && tensor->requires_grad();
-}
 
 // What takes no part in differentiation, passed beside the variables.
 struct Layer {
@@ -94,11 +87,8 @@ struct SyncBatchNormBackward : Function<SyncBatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
     ctx->saved_data["name"] = options.name;
-    auto [grad_input, grad_weight, grad_bias] = backward_below(grad_output, input, weight, options);
-    variable_list results;
-    for (const at::Tensor& gradient : {grad_input, grad_weight, grad_bias})
-      if (gradient.defined()) results.push_back(gradient);
-    return results;
+    const Gradients gradients = backward_below(grad_output, input, weight, options);
+    return asked_for(gradients);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
@@ -138,12 +128,9 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
                                   -ctx->saved_data["mark"].toInt(),  // the other direction
                                   mask};
     Gradients gradients;
-    if (at::GradMode::is_enabled() &&
-        (grads[0].requires_grad() || input.requires_grad() || requires_grad(optional_of(weight)))) {
+    if (needs_recording(grads[0], input, optional_of(weight))) {
       const auto results = SyncBatchNormBackward::apply(grads[0], input, optional_of(weight), options);
-      std::size_t next = 0;
-      auto of_result = [&](std::size_t i) { return mask[i] ? results[next++] : at::Tensor(); };
-      gradients = Gradients{of_result(0), of_result(1), of_result(2)};
+      gradients = by_mask(mask, results);
     } else {
       gradients = backward_below(grads[0], input, optional_of(weight), options);
     }
@@ -190,12 +177,10 @@ at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at:
   check_statistics_need_no_grad(running_mean, running_var);
   const Layer layer{running_mean, running_var, num_batches_tracked,    momentum, eps, std::string(group),
                     processes,    name,        mark_of(settings.str())};
-  if (recorded && (input.requires_grad() || requires_grad(weight) || requires_grad(bias)))
-    return SyncBatchNorm::apply(input, weight, bias, layer);
+  if (needs_recording(input, weight, bias)) return SyncBatchNorm::apply(input, weight, bias, layer);
   return std::get<0>(forward_below(input, weight, bias, layer));
 }
 
-// Statistics and counter are written through raw pointers, which autograd's version counters do not see.
 OutputAndStats normalise_in_place(const at::Tensor& input, const at::Tensor& parts,
                                   const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
                                   const std::optional<at::Tensor>& running_mean,
@@ -208,8 +193,7 @@ OutputAndStats normalise_in_place(const at::Tensor& input, const at::Tensor& par
     result = normalise(input, parts, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
                        layer);
   }
-  for (const auto* written : {&running_mean, &running_var, &num_batches_tracked})
-    if (is_given(*written)) torch::autograd::impl::bump_version(**written);
+  bump_versions({&running_mean, &running_var, &num_batches_tracked});
   return result;
 }
 

@@ -118,13 +118,7 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   args.threads = thread_count();
   args.stream_from = kernels::stream_from();
 
-  // Nothing below this line can fail, so a refused call has changed nothing.
-  args.momentum = momentum.value_or(0.0);
-  if (is_given(num_batches_tracked)) {
-    auto* counter = num_batches_tracked->mutable_data_ptr<int64_t>();
-    ++*counter;
-    if (!momentum) args.momentum = 1.0 / static_cast<double>(*counter);
-  }
+  args.momentum = count_batch(num_batches_tracked, momentum);
   if (rows == 0.0 || channels == 0) return {std::move(output), std::move(stats)};
   const auto* data = kept_parts.const_data_ptr<double>();
   kernels.normalise(args, kernels::Parts{kept_parts.size(0), kept_parts.size(1), data + kCount, data + kFirst,

@@ -137,14 +137,6 @@ class Guards : public ::testing::TestWithParam<std::string> {
 INSTANTIATE_TEST_SUITE_P(Isa, Guards, ::testing::ValuesIn(supported_isas()),
                          [](const auto& info) { return info.param; });
 
-template <typename Bits>
-std::vector<Bits> small_numbers(std::size_t count, double /*mean*/, double /*std*/, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::vector<Bits> values(count);
-  for (Bits& value : values) value.bits = static_cast<std::uint16_t>(generator() & 0xbfffU);  // finite
-  return values;
-}
-
 TEST_P(Guards, Float32StaysInside) {
   expect_inside<float>(normal<float>);
 }

@@ -35,6 +35,15 @@ inline constexpr DType dtype_of<BFloat16Bits> = DType::bf16;
 template <>
 inline constexpr DType dtype_of<Float16Bits> = DType::f16;
 
+// Finite numbers of a 16-bit type, up to 2 in size.
+template <typename Bits>
+std::vector<Bits> small_numbers(std::size_t count, double /*mean*/, double /*std*/, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::vector<Bits> values(count);
+  for (Bits& value : values) value.bits = static_cast<std::uint16_t>(generator() & 0xbfffU);  // finite
+  return values;
+}
+
 // How an (N, C, L) array lies in memory.
 enum class Layout { contiguous, channels_last, transposed, padded_rows };
 

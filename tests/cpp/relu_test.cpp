@@ -104,14 +104,6 @@ void expect_on_all_shapes(const KernelTable& table, Draw draw) {
       }
 }
 
-template <typename Bits>
-std::vector<Bits> small_numbers(std::size_t count, double /*mean*/, double /*std*/, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::vector<Bits> values(count);
-  for (Bits& value : values) value.bits = static_cast<std::uint16_t>(generator() & 0xbfffU);  // finite
-  return values;
-}
-
 TEST_P(FusedRelu, IsTheTwoModulesInFloat32) {
   expect_on_all_shapes<float>(table(), normal<float>);
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from folded import EXACT, agree, fold
 from hypothesis import given, settings
 from stacks import apart, scatter, seeded, stacks
 from torch import Tensor, nn
@@ -20,27 +21,10 @@ C = 4
 NORMS = (nn.BatchNorm1d, torch_bn.BatchNorm1d)
 FUSED = (torch_bn.BatchNormReLU1d, torch_bn.ReLUBatchNorm1d)
 
-# Float64: some sums of 1e-16 in another order. A float32 product or sum is off by 6e-8 of its
-# result; the sums of up to a few hundred such that make an output err by a random walk, to which
-# the fold adds one rounding of each weight: a few 1e-7 of the largest output.
-EXACT = 1e-12
+# A float32 product or sum is off by 6e-8 of its result; the sums of up to a few hundred such that
+# make an output err by a random walk, to which the fold adds one rounding of each weight: a few
+# 1e-7 of the largest output.
 FLOAT32 = 1e-6
-
-
-def fold(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    scatter(model)
-    report: list[str] = []
-    return torch_bn.fold(model, report=report), report
-
-
-def agree(model: nn.Module, *shape: int) -> tuple[nn.Module, list[str]]:
-    """Fold in float64, and compare over a batch."""
-    model = model.double()
-    folded, report = fold(model)
-    x = torch.randn(shape, dtype=torch.float64)
-    assert apart(folded(x), copy.deepcopy(model).eval()(x)) < EXACT
-    assert not any(isinstance(each, nn.BatchNorm1d) for each in folded.modules())
-    return folded, report
 
 
 def names(model: nn.Module) -> list[str]:

@@ -8,29 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from folded import EXACT, agree, fold
 from stacks import apart, scatter
 from torch import Tensor, nn
 
 import torch_bn
 
 C = 4
-EXACT = 1e-12  # float64 of the order of 1 through two layers, in another order of operations
-
-
-def fold(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    scatter(model)
-    report: list[str] = []
-    return torch_bn.fold(model, report=report), report
-
-
-def agree(model: nn.Module, *shape: int) -> tuple[nn.Module, list[str]]:
-    """Fold in float64, and compare over a batch."""
-    model = model.double()
-    folded, report = fold(model)
-    x = torch.randn(shape, dtype=torch.float64)
-    assert apart(folded(x), copy.deepcopy(model).eval()(x)) < EXACT
-    assert not any(isinstance(each, nn.BatchNorm1d) for each in folded.modules())
-    return folded, report
 
 
 class Net(nn.Module):
