@@ -31,17 +31,7 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
     try:
         with Interruption() as stop, world(chosen.settings.seed, chosen.backend) as here:
             console.quiet = not here.main
-            if layer is None:
-                # Imported here, so that --help works and its absence is explained.
-                import torch_bn
-
-                layer = torch_bn.BatchNorm1d
-            try:
-                job, checkpoint = _prepare(chosen, layer, console, here)
-            except ValueError as error:
-                return _unusable(str(error))
-            stop.defer()
-            return _run(job, checkpoint, chosen.out, console, stop)
+            return _job(chosen, layer, console, here, stop)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -51,6 +41,26 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
         return _unusable("torch_bn is not installed: run `make train`, or `pip install .` first")
     except OSError as error:
         return _unusable(str(error))
+
+
+def _job(
+    chosen: options.Options,
+    layer: Layer | None,
+    console: Console,
+    here: World,
+    stop: Interruption,
+) -> int:
+    if layer is None:
+        # Imported here, so that --help works and its absence is explained.
+        import torch_bn
+
+        layer = torch_bn.BatchNorm1d
+    try:
+        job, checkpoint = _prepare(chosen, layer, console, here)
+    except ValueError as error:
+        return _unusable(str(error))
+    stop.defer()
+    return _run(job, checkpoint, chosen.out, console, stop)
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 // collectives.
 #include "sync.h"
 
+#include <ATen/ThreadLocalPythonObjects.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -58,9 +59,25 @@ at::Tensor gather_for_trace(const at::Tensor& part, int64_t processes, std::stri
   return wait.call(stack.front().toTensor());
 }
 
+// The backend's thread keeps a copy of this thread's state for some time after the collective has returned, in a
+// backward with an object of Python in it. If that is the last to hold it when Python ends, the process is
+// aborted.
+class WithoutPythonObjects {
+ public:
+  WithoutPythonObjects() { Objects::set_state({}); }
+  ~WithoutPythonObjects() { Objects::set_state(std::move(objects_)); }
+  WithoutPythonObjects(const WithoutPythonObjects&) = delete;
+  WithoutPythonObjects& operator=(const WithoutPythonObjects&) = delete;
+
+ private:
+  using Objects = at::impl::ThreadLocalPythonObjects;
+  Objects objects_ = Objects::get_state();
+};
+
 at::Tensor gather_now(const at::Tensor& part, int64_t processes, const std::string& group) {
   at::Tensor input = part;
   at::Tensor output = at::empty({processes * part.numel()}, part.options());
+  const WithoutPythonObjects guard;
   c10d::resolve_process_group(group)->all_gather_single(output, input)->wait();
   return output;
 }

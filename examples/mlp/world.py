@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the default group as default argument: imported later, as
+# DistributedDataParallel does, it would hold the group for ever.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,4 +111,8 @@ def world(seed: int, backend: str) -> Iterator[World]:
     try:
         yield joined
     finally:
+        # Gloo's threads free tensors of Python some time after a collective has returned, and end
+        # the process with an abort if Python itself has ended meanwhile. They are waited for where
+        # the group goes, but that is not before the last model that holds it, often in a cycle.
+        gc.collect()
         dist.destroy_process_group()

@@ -1,8 +1,10 @@
 // SyncBatchNorm1d in C++: two members of a group, here two threads with a backend that exchanges in memory.
+#include <ATen/ThreadLocalPythonObjects.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <torch_bn/torch_bn.h>
 
+#include <atomic>
 #include <barrier>
 #include <cstring>
 #include <thread>
@@ -14,8 +16,12 @@ namespace {
 
 constexpr int kMembers = 2;
 
+using Objects = at::impl::ThreadLocalPythonObjects;
+constexpr const char* kKey = "context";  // torch's own, during every backward
+
 // What the members share.
 struct Meeting {
+  std::atomic<int> python_objects = 0;  // how often the caller's state had one
   std::barrier<> barrier{kMembers};
   std::array<at::Tensor, kMembers> said;
 };
@@ -40,6 +46,7 @@ class InMemory : public c10d::Backend {
   }
   c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
                                                  const c10d::AllgatherOptions& /*options*/) override {
+    meeting_->python_objects += Objects::contains(kKey);
     meeting_->said[getRank()] = input;
     meeting_->barrier.arrive_and_wait();
     output.copy_(at::cat(std::vector<at::Tensor>(meeting_->said.begin(), meeting_->said.end())).view_as(output));
@@ -53,7 +60,7 @@ class InMemory : public c10d::Backend {
 
 // Runs member(rank, group name) in two threads.
 template <typename Member>
-void together(Member member) {
+std::shared_ptr<Meeting> together(Member member) {
   auto meeting = std::make_shared<Meeting>();
   auto store = c10::make_intrusive<c10d::HashStore>();
   std::vector<std::thread> threads;
@@ -71,6 +78,7 @@ void together(Member member) {
       c10d::unregister_process_group(name);
     });
   for (auto& thread : threads) thread.join();
+  return meeting;
 }
 
 TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
@@ -121,6 +129,19 @@ TEST(SyncBatchNorm1d, MembersThatDifferThrowBoth) {
       EXPECT_NE(words.find("momentum 0.2"), std::string::npos) << words;
     }
   });
+}
+
+// A backend's thread keeps the caller's state: with Python's objects in it, it could be the last to free them.
+TEST(SyncBatchNorm1d, CollectivesSeeNoObjectsOfPython) {
+  const auto meeting = together([](int /*rank*/, const std::string& group) {
+    torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5), group, "bn");
+    auto x = torch::randn({4, 5}).requires_grad_();
+    Objects::set(kKey, nullptr);
+    layer->forward(x).sum().backward();
+    EXPECT_TRUE(Objects::contains(kKey));
+    Objects::erase(kKey);
+  });
+  EXPECT_EQ(meeting->python_objects, 0);
 }
 
 TEST(SyncBatchNorm1d, AloneAndInEvaluationItIsTheOrdinaryLayer) {

@@ -6,7 +6,9 @@ of the process that runs the tests. Whatever hangs is ended after a time.
 
 from __future__ import annotations
 
+import gc
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Until a process is given up. A group of four takes a quarter of it on a busy machine of two cores.
-SECONDS = 120
+# Imported later, as by DistributedDataParallel, it would hold the group in its default arguments.
+import torch.distributed.nn.functional
 
-_PROGRAM = (
-    "import runpy, sys; names = runpy.run_path(sys.argv[1]); "
-    "names[sys.argv[2]](int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])"
-)
+# Until a process is given up. The slowest take half a minute on a busy machine of two cores.
+SECONDS = 240
+
+_PROGRAM = "import processes, sys; processes.call(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,24 @@ def run(
     return ended
 
 
+def call(file: str, function: str, rank: str, world: str, directory: str) -> None:
+    """What such a process does. Its group is ended last, when nothing else holds it.
+
+    Then its threads are waited for; one that frees a tensor while Python ends aborts the process.
+    """
+    runpy.run_path(file)[function](int(rank), int(world), directory)
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def run_well(*arguments: object, **named: object) -> None:
     """The same for processes that are to end well."""
     for ended in run(*arguments, **named):  # type: ignore[arg-type]
         assert ended.status == 0, ended.errors[-3000:]
 
 
-def join(rank: int, world: int, directory: str, seconds: float = SECONDS / 2) -> None:
+def join(rank: int, world: int, directory: str, seconds: float = 60) -> None:
     """In such a process: become a member of the group."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world)

@@ -1,16 +1,8 @@
-"""DistributedDataParallel over gloo with two processes on this machine's loopback device.
-
-The processes are started afresh (spawned), so that what they do does not depend on the threads and
-libraries of the process that runs the tests. Whatever hangs is ended after a time.
-"""
+"""DistributedDataParallel over gloo with two processes on this machine's loopback device."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -20,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_bn
+from processes import join, run_well
 
 LAYERS = {"torch": torch.nn.BatchNorm1d, "torch_bn": torch_bn.BatchNorm1d}
 CASES: dict[str, dict[str, Any]] = {
@@ -34,8 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 WORLD = 2
 STEPS = 3
-# Until a process is given up; all cases take half a minute on a busy machine with two cores.
-SECONDS = 240
 
 
 def make(name: str) -> torch.nn.Module:
@@ -59,12 +50,9 @@ def train(model: torch.nn.Module, rank: int) -> None:
         optimizer.step()
 
 
-def work(rank: int, directory: str) -> None:
+def work(rank: int, world: int, directory: str) -> None:
     """All cases one after the other, for starting a process takes longer than any of them."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{directory}/store", WORLD)
-    timeout = timedelta(seconds=SECONDS // 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
+    join(rank, world, directory, seconds=120)  # compiling takes one of them longer than the other
     states = {}
     for name in LAYERS:
         for case, options in CASES.items():
@@ -76,7 +64,6 @@ def work(rank: int, directory: str) -> None:
             states[name, case] = model.state_dict()
     torch.save(states, f"{directory}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 States = dict[tuple[str, str], dict[str, Tensor]]
@@ -86,30 +73,7 @@ States = dict[tuple[str, str], dict[str, Tensor]]
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[States]:
     """For each rank, the state of its model after the steps of each case."""
     directory = tmp_path_factory.mktemp("ddp")
-    program = (
-        "import runpy, sys; names = runpy.run_path(sys.argv[1]); "
-        "names['work'](int(sys.argv[2]), sys.argv[3])"
-    )
-    # Gloo finds its address by the host's name, which need not resolve: the loopback device does.
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", "-c", program, __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(directory)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_well(__file__, "work", WORLD, directory)
     return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -160,7 +160,6 @@ def work(rank: int, world: int, directory: str) -> None:
     }
     torch.save(results, f"{directory}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
