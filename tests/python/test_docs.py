@@ -28,7 +28,8 @@ def test_the_code_of_a_page_runs(page: str) -> None:
 
 def test_the_code_of_distributed_runs_in_a_group_of_one() -> None:
     model = "import torch\nmodel = torch.nn.Sequential(torch.nn.BatchNorm1d(3))\n"
-    code = model + blocks("distributed.md") + "print(model, dist.get_world_size())\n"
+    train = "def train():\n    print(model, dist.get_world_size())\n"
+    code = model + train + blocks("distributed.md")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     done = subprocess.run(
         [*command, sys.executable, "-c", code], text=True, capture_output=True, timeout=120
