@@ -18,7 +18,12 @@ from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.lean import lean
 from torch_bn.modules import BatchNorm1d
-from torch_bn.sync import SyncBatchNorm1d, convert_sync
+from torch_bn.sync import (
+    SyncBatchNorm1d,
+    SyncBatchNormReLU1d,
+    SyncReLUBatchNorm1d,
+    convert_sync,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -26,6 +31,8 @@ __all__ = [
     "LazyBatchNorm1d",
     "ReLUBatchNorm1d",
     "SyncBatchNorm1d",
+    "SyncBatchNormReLU1d",
+    "SyncReLUBatchNorm1d",
     "__version__",
     "build_info",
     "cmake_prefix_path",

@@ -1,4 +1,4 @@
-"""The layer whose batch lies in several processes, over torch.distributed."""
+"""The layers whose batch lies in several processes, over torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Module
 
-from torch_bn._fuse import FUSED, own_option
+from torch_bn import _serve
+from torch_bn._fuse import own_option
 from torch_bn.conversion import _change_classes
+from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
-__all__ = ["SyncBatchNorm1d", "convert_sync"]
+__all__ = ["SyncBatchNorm1d", "SyncBatchNormReLU1d", "SyncReLUBatchNorm1d", "convert_sync"]
 
 _ProcessGroup: TypeAlias = Any  # dist.ProcessGroup, which torch does not always have
 
@@ -97,6 +99,8 @@ class SyncBatchNorm1d(BatchNorm1d):
     # The name in messages, and by which the processes tell their layers apart: that in the model,
     # or a number in the order of first use.
     _sync_name: str = ""
+    # Where its ReLU is: 0 nowhere, 1 after the normalization, 2 before it.
+    _relu: int = _serve.NO_RELU
     # The group whose processes have made sure that they mean the same.
     _agreed_with: str = ""
 
@@ -146,6 +150,7 @@ class SyncBatchNorm1d(BatchNorm1d):
             group.size(),
             self._sync_name,
             agree,
+            self._relu,
         )
         if agree:
             self._agreed_with = name
@@ -161,6 +166,38 @@ class SyncBatchNorm1d(BatchNorm1d):
     def __getstate__(self) -> dict[str, Any]:
         """Copies make sure anew that all processes mean the same."""
         return {**self.__dict__, "_agreed_with": ""}
+
+
+class SyncBatchNormReLU1d(SyncBatchNorm1d, BatchNormReLU1d):  # type: ignore[misc]  # forward
+    r"""A :class:`torch_bn.BatchNormReLU1d` with the statistics of all processes' batches together.
+
+    Normalization and then a ReLU as one operation; otherwise, and in its arguments, shapes and what
+    it raises, like :class:`torch_bn.SyncBatchNorm1d`.
+
+    Example:
+        >>> import torch, torch_bn
+        >>> layer = torch_bn.SyncBatchNormReLU1d(2)
+        >>> layer(torch.tensor([[99.0, 0.0], [101.0, 4.0]])).tolist()
+        [[0.0, 0.0], [0.9999949932098389, 0.9999987483024597]]
+    """
+
+    _relu = _serve.RELU_AFTER
+
+
+class SyncReLUBatchNorm1d(SyncBatchNorm1d, ReLUBatchNorm1d):  # type: ignore[misc]  # forward
+    r"""A :class:`torch_bn.ReLUBatchNorm1d` with the statistics of all processes' batches together.
+
+    A ReLU and then normalization as one operation; otherwise, and in its arguments, shapes and what
+    it raises, like :class:`torch_bn.SyncBatchNorm1d`.
+
+    Example:
+        >>> import torch, torch_bn
+        >>> layer = torch_bn.SyncReLUBatchNorm1d(1)
+        >>> layer(torch.tensor([[-7.0], [2.0]])).tolist()
+        [[-0.9999949932098389], [0.9999949932098389]]
+    """
+
+    _relu = _serve.RELU_BEFORE
 
 
 _numbers: dict[str, int] = {}
@@ -179,9 +216,11 @@ def convert_sync(model: Module, process_group: _ProcessGroup | None = None) -> M
     """Make every 1-D batch norm of a model a :class:`torch_bn.SyncBatchNorm1d`.
 
     That is every :class:`torch.nn.BatchNorm1d`, :class:`torch_bn.BatchNorm1d` and
-    :class:`torch_bn.SyncBatchNorm1d`; parametrised layers stay parametrised, and layers of other
-    derived classes are left alone. The model is changed in place, layer by layer in their class
-    alone, and may itself be such a layer. Call it before
+    :class:`torch_bn.SyncBatchNorm1d`; a :class:`torch_bn.BatchNormReLU1d` becomes a
+    :class:`torch_bn.SyncBatchNormReLU1d`, a :class:`torch_bn.ReLUBatchNorm1d` a
+    :class:`torch_bn.SyncReLUBatchNorm1d`. Parametrised layers stay parametrised, and layers of
+    other derived classes are left alone. The model is changed in place, layer by layer in their
+    class alone, and may itself be such a layer. Call it before
     :class:`torch.nn.parallel.DistributedDataParallel`, in all processes.
 
     Args:
@@ -192,8 +231,8 @@ def convert_sync(model: Module, process_group: _ProcessGroup | None = None) -> M
         ``model``, the same object.
 
     Raises:
-        ValueError: for a lazy layer that does not know its number of channels yet, a fused layer,
-            and one with an option that SyncBatchNorm1d has not.
+        ValueError: for a lazy layer that does not know its number of channels yet, and for one with
+            an option that SyncBatchNorm1d has not.
 
     Example:
         >>> import torch, torch_bn
@@ -206,11 +245,6 @@ def convert_sync(model: Module, process_group: _ProcessGroup | None = None) -> M
             raise ValueError(
                 f"the layer '{name}' does not know its number of channels yet: convert the model "
                 "after its first forward"
-            )
-        if isinstance(module, FUSED):
-            raise ValueError(
-                f"the layer '{name}' has a ReLU fused into it, which SyncBatchNorm1d has not: "
-                "convert the model before it is fused"
             )
         if isinstance(module, BatchNorm1d) and own_option(module) is not None:
             raise ValueError(
@@ -227,4 +261,6 @@ def convert_sync(model: Module, process_group: _ProcessGroup | None = None) -> M
 _SYNCHRONISED: dict[type[Any], type[Any]] = {
     torch.nn.BatchNorm1d: SyncBatchNorm1d,
     BatchNorm1d: SyncBatchNorm1d,
+    BatchNormReLU1d: SyncBatchNormReLU1d,
+    ReLUBatchNorm1d: SyncReLUBatchNorm1d,
 }

@@ -68,6 +68,8 @@ template class BatchNormImplBase<BatchNorm1dImpl>;
 template class BatchNormImplBase<BatchNormReLU1dImpl>;
 template class BatchNormImplBase<ReLUBatchNorm1dImpl>;
 template class BatchNormImplBase<SyncBatchNorm1dImpl>;
+template class BatchNormImplBase<SyncBatchNormReLU1dImpl>;
+template class BatchNormImplBase<SyncReLUBatchNorm1dImpl>;
 
 }  // namespace detail
 

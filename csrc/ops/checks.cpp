@@ -11,11 +11,6 @@
 namespace torch_bn::ops {
 namespace {
 
-void check_relu(int64_t relu) {
-  TORCH_CHECK(is(relu, Relu::none) || is(relu, Relu::after) || is(relu, Relu::before),
-              "relu should be 0 (none), 1 (after) or 2 (before), not ", relu);
-}
-
 void check_rank(const at::Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(),
                     "D input)");
@@ -97,6 +92,11 @@ void check_no_grad(const char* name, const std::optional<at::Tensor>& statistics
 }
 
 }  // namespace
+
+void check_relu(int64_t relu) {
+  TORCH_CHECK(is(relu, Relu::none) || is(relu, Relu::after) || is(relu, Relu::before),
+              "relu should be 0 (none), 1 (after) or 2 (before), not ", relu);
+}
 
 void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,

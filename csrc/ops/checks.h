@@ -6,6 +6,9 @@
 
 namespace torch_bn::ops {
 
+// That it is the number of a Relu.
+void check_relu(int64_t relu);
+
 void check_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                    const std::optional<at::Tensor>& running_var,

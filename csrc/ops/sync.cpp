@@ -18,19 +18,23 @@ TORCH_LIBRARY_FRAGMENT(torch_bn, m) {
   m.def(
       "sync_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group, "
-      "int processes, str layer, bool agree) -> Tensor",
+      "int processes, str layer, bool agree, int relu=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("_sync_moments(Tensor input, int mark) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("_sync_moments(Tensor input, int mark, int relu=0) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
       "_sync_normalise(Tensor input, Tensor parts, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str layer) "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str layer, int "
+      "relu=0) "
       "-> (Tensor output, Tensor stats)",
       {at::Tag::pt2_compliant_tag});
-  m.def("_sync_gradient_sums(Tensor grad_output, Tensor input, Tensor stats, int mark) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
   m.def(
-      "_sync_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor stats, Tensor parts, str layer) "
-      "-> Tensor",
+      "_sync_gradient_sums(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor stats, int "
+      "mark, "
+      "int relu=0) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_sync_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor stats, Tensor parts, "
+      "str layer, int relu=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -104,46 +108,49 @@ at::Tensor all_gather(const at::Tensor& part, int64_t processes, c10::string_vie
   return {};
 }
 
-at::Tensor moments(const at::Tensor& input, int64_t mark) {
+at::Tensor moments(const at::Tensor& input, int64_t mark, int64_t relu) {
   static const auto op = find<decltype(moments)>("torch_bn::_sync_moments");
-  return op.call(input, mark);
+  return op.call(input, mark, relu);
 }
 
 OutputAndStats normalise(const at::Tensor& input, const at::Tensor& parts, const std::optional<at::Tensor>& weight,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                          const std::optional<at::Tensor>& running_var,
                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                         double eps, c10::string_view layer) {
+                         double eps, c10::string_view layer, int64_t relu) {
   static const auto op = find<decltype(normalise)>("torch_bn::_sync_normalise");
-  return op.call(input, parts, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, layer);
+  return op.call(input, parts, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, layer,
+                 relu);
 }
 
-at::Tensor gradient_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& stats,
-                         int64_t mark) {
+at::Tensor gradient_sums(const at::Tensor& grad_output, const at::Tensor& input,
+                         const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                         const at::Tensor& stats, int64_t mark, int64_t relu) {
   static const auto op = find<decltype(gradient_sums)>("torch_bn::_sync_gradient_sums");
-  return op.call(grad_output, input, stats, mark);
+  return op.call(grad_output, input, weight, bias, stats, mark, relu);
 }
 
 at::Tensor gradient(const at::Tensor& grad_output, const at::Tensor& input,
-                    const std::optional<at::Tensor>& weight, const at::Tensor& stats, const at::Tensor& parts,
-                    c10::string_view layer) {
+                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                    const at::Tensor& stats, const at::Tensor& parts, c10::string_view layer, int64_t relu) {
   static const auto op = find<decltype(gradient)>("torch_bn::_sync_gradient");
-  return op.call(grad_output, input, weight, stats, parts, layer);
+  return op.call(grad_output, input, weight, bias, stats, parts, layer, relu);
 }
 
 at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                      double eps, c10::string_view group, int64_t processes, c10::string_view layer, bool agree) {
+                      double eps, c10::string_view group, int64_t processes, c10::string_view layer, bool agree,
+                      int64_t relu) {
   static const auto op = find<decltype(batch_norm)>("torch_bn::sync_batch_norm");
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-                 processes, layer, agree);
+                 processes, layer, agree, relu);
 }
 
 namespace {
 
-at::Tensor moments_meta(const at::Tensor& input, int64_t /*mark*/) {
+at::Tensor moments_meta(const at::Tensor& input, int64_t /*mark*/, int64_t /*relu*/) {
   check_forward_but_rows(input, {}, {}, {}, {}, {}, /*training=*/true, /*eps=*/1.0);
   return at::empty_symint({2 + 2 * input.sym_size(1)}, input.options().dtype(at::kDouble));
 }
@@ -153,7 +160,8 @@ OutputAndStats normalise_meta(const at::Tensor& input, const at::Tensor& /*parts
                               const std::optional<at::Tensor>& running_mean,
                               const std::optional<at::Tensor>& running_var,
                               const std::optional<at::Tensor>& num_batches_tracked,
-                              std::optional<double> /*momentum*/, double eps, c10::string_view /*layer*/) {
+                              std::optional<double> /*momentum*/, double eps, c10::string_view /*layer*/,
+                              int64_t /*relu*/) {
   check_forward_but_rows(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
                          eps);
   return {at::empty_symint(input.sym_sizes(), input.options()),
@@ -161,13 +169,16 @@ OutputAndStats normalise_meta(const at::Tensor& input, const at::Tensor& /*parts
 }
 
 at::Tensor gradient_sums_meta(const at::Tensor& /*grad_output*/, const at::Tensor& input,
-                              const at::Tensor& /*stats*/, int64_t /*mark*/) {
+                              const std::optional<at::Tensor>& /*weight*/,
+                              const std::optional<at::Tensor>& /*bias*/, const at::Tensor& /*stats*/,
+                              int64_t /*mark*/, int64_t /*relu*/) {
   return at::empty_symint({2 + 2 * input.sym_size(1)}, input.options().dtype(at::kDouble));
 }
 
 at::Tensor gradient_meta(const at::Tensor& /*grad_output*/, const at::Tensor& input,
-                         const std::optional<at::Tensor>& /*weight*/, const at::Tensor& /*stats*/,
-                         const at::Tensor& /*parts*/, c10::string_view /*layer*/) {
+                         const std::optional<at::Tensor>& /*weight*/, const std::optional<at::Tensor>& /*bias*/,
+                         const at::Tensor& /*stats*/, const at::Tensor& /*parts*/, c10::string_view /*layer*/,
+                         int64_t /*relu*/) {
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 

@@ -9,9 +9,9 @@
 namespace torch_bn::ops::sync {
 
 // What one process says of its rows travels as float64 of shape (2 + 2 C): the number of rows, the mark, two
-// values per channel. The mark is a whole number that is the same in all processes if they run the same layer with
-// the same settings in the same direction. The two values are mean and M2 here.
-at::Tensor moments(const at::Tensor& input, int64_t mark);
+// values per channel. `relu` is a Relu. The mark is a whole number that is the same in all processes if they run
+// the same layer with the same settings in the same direction. The two values are mean and M2 here.
+at::Tensor moments(const at::Tensor& input, int64_t mark, int64_t relu);
 
 // Statistics, running statistics and the output of the local rows. `parts` is (processes, 2 + 2 C). The statistics
 // travel to the backward as float64 of shape (2 C + 1): mean, 1 / sqrt(var + eps), number of rows.
@@ -19,16 +19,18 @@ OutputAndStats normalise(const at::Tensor& input, const at::Tensor& parts, const
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                          const std::optional<at::Tensor>& running_var,
                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                         double eps, c10::string_view layer);
+                         double eps, c10::string_view layer, int64_t relu);
 
-// The two values are sum(g) and sum(g * (x - mean)).
-at::Tensor gradient_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& stats,
-                         int64_t mark);
+// The two values are sum(g) and sum(g * (x - mean)). The bias, and here the weight, count only for a ReLU that
+// comes after: its mask is computed again.
+at::Tensor gradient_sums(const at::Tensor& grad_output, const at::Tensor& input,
+                         const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                         const at::Tensor& stats, int64_t mark, int64_t relu);
 
 // grad_input of the local rows, given the sums of all, (processes, 2 + 2 C).
 at::Tensor gradient(const at::Tensor& grad_output, const at::Tensor& input,
-                    const std::optional<at::Tensor>& weight, const at::Tensor& stats, const at::Tensor& parts,
-                    c10::string_view layer);
+                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                    const at::Tensor& stats, const at::Tensor& parts, c10::string_view layer, int64_t relu);
 
 // The whole layer in training, with its autograd and its collectives: one gather in the forward, one in the
 // backward if the input needs a gradient. (A gather and a sum in the order of the ranks give all processes the
@@ -38,7 +40,8 @@ at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& 
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                      double eps, c10::string_view group, int64_t processes, c10::string_view layer, bool agree);
+                      double eps, c10::string_view group, int64_t processes, c10::string_view layer, bool agree,
+                      int64_t relu);
 
 // Compares what every process of the group is about to do, and throws in all of them, with the differences in
 // words, unless it is the same. A process that does not come makes the others throw after the group's timeout.

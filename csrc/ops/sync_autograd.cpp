@@ -30,30 +30,34 @@ struct Layer {
   int64_t processes;
   std::string name;
   int64_t mark;
+  int64_t relu;
 };
 
 OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const Layer& layer) {
   at::AutoDispatchBelowAutograd guard;
   const at::Tensor parts =
-      all_gather(moments(input, layer.mark), layer.processes, layer.group, layer.name, "forward");
+      all_gather(moments(input, layer.mark, layer.relu), layer.processes, layer.group, layer.name, "forward");
   return normalise(input, parts, weight, bias, layer.running_mean, layer.running_var, layer.num_batches_tracked,
-                   layer.momentum, layer.eps, layer.name);
+                   layer.momentum, layer.eps, layer.name, layer.relu);
 }
 
 struct BackwardOptions {
+  const std::optional<at::Tensor>& bias;  // given where a ReLU comes after
   const at::Tensor& stats;
   std::string group;
   int64_t processes;
   std::string name;
   int64_t mark;
+  int64_t relu;
   OutputMask mask;
 };
 
 Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                          const std::optional<at::Tensor>& weight, const BackwardOptions& options) {
   at::AutoDispatchBelowAutograd guard;
-  const at::Tensor part = gradient_sums(grad_output, input, options.stats, options.mark);
+  const at::Tensor part =
+      gradient_sums(grad_output, input, weight, options.bias, options.stats, options.mark, options.relu);
   const c10::SymInt channels = input.sym_size(1);
   const auto values = [&](int which) { return part.narrow_symint(0, 2 + which * channels, channels); };
   const auto dtype = parameter_dtype(input, weight);
@@ -63,9 +67,9 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
     grad_weight = at::mul(values(1), options.stats.narrow_symint(0, channels, channels)).to(dtype);
   if (options.mask[2]) grad_bias = values(0).to(dtype, /*non_blocking=*/false, /*copy=*/true);
   if (options.mask[0])
-    grad_input =
-        gradient(grad_output, input, weight, options.stats,
-                 all_gather(part, options.processes, options.group, options.name, "backward"), options.name);
+    grad_input = gradient(grad_output, input, weight, options.bias, options.stats,
+                          all_gather(part, options.processes, options.group, options.name, "backward"),
+                          options.name, options.relu);
   return result;
 }
 
@@ -103,11 +107,14 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& bias, const Layer& layer) {
     auto [output, stats] = forward_below(input, weight, bias, layer);
-    ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
+    const bool masks = is(layer.relu, Relu::after);
+    ctx->save_for_backward(
+        {input, tensor_or_undefined(weight), stats, masks ? tensor_or_undefined(bias) : at::Tensor()});
     ctx->saved_data["group"] = layer.group;
     ctx->saved_data["processes"] = layer.processes;
     ctx->saved_data["name"] = layer.name;
     ctx->saved_data["mark"] = layer.mark;
+    ctx->saved_data["relu"] = layer.relu;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
     return output;
   }
@@ -121,11 +128,14 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
     // Edges are numbered over the arguments that were given.
     const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
                              has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
-    const BackwardOptions options{saved[2],
+    const auto bias = optional_of(saved[3]);
+    const BackwardOptions options{bias,
+                                  saved[2],
                                   ctx->saved_data["group"].toStringRef(),
                                   ctx->saved_data["processes"].toInt(),
                                   ctx->saved_data["name"].toStringRef(),
                                   -ctx->saved_data["mark"].toInt(),  // the other direction
+                                  ctx->saved_data["relu"].toInt(),
                                   mask};
     Gradients gradients;
     if (needs_recording(grads[0], input, optional_of(weight))) {
@@ -158,7 +168,8 @@ at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at:
                                 const std::optional<at::Tensor>& running_var,
                                 const std::optional<at::Tensor>& num_batches_tracked,
                                 std::optional<double> momentum, double eps, c10::string_view group,
-                                int64_t processes, c10::string_view layer_name, bool agree) {
+                                int64_t processes, c10::string_view layer_name, bool agree, int64_t relu) {
+  check_relu(relu);
   const std::string name(layer_name);
   check_transforms(input, name_of(name));
   const bool recorded = at::GradMode::is_enabled();
@@ -170,13 +181,14 @@ at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at:
   momentum ? settings << *momentum : settings << "None";
   settings << ", eps " << eps << ", input gradient "
            << (recorded && input.requires_grad() ? "needed" : "not needed");
+  if (!is(relu, Relu::none)) settings << ", ReLU " << (is(relu, Relu::after) ? "after" : "before");
   // Before any check of this process alone: what it would refuse then, all refuse together.
   if (agree) agree_on(settings.str(), std::string(group), name);
   check_forward_but_rows(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
                          eps);
   check_statistics_need_no_grad(running_mean, running_var);
-  const Layer layer{running_mean, running_var, num_batches_tracked,    momentum, eps, std::string(group),
-                    processes,    name,        mark_of(settings.str())};
+  const Layer layer{running_mean, running_var, num_batches_tracked,     momentum, eps, std::string(group),
+                    processes,    name,        mark_of(settings.str()), relu};
   if (needs_recording(input, weight, bias)) return SyncBatchNorm::apply(input, weight, bias, layer);
   return std::get<0>(forward_below(input, weight, bias, layer));
 }
@@ -186,12 +198,13 @@ OutputAndStats normalise_in_place(const at::Tensor& input, const at::Tensor& par
                                   const std::optional<at::Tensor>& running_mean,
                                   const std::optional<at::Tensor>& running_var,
                                   const std::optional<at::Tensor>& num_batches_tracked,
-                                  std::optional<double> momentum, double eps, c10::string_view layer) {
+                                  std::optional<double> momentum, double eps, c10::string_view layer,
+                                  int64_t relu) {
   OutputAndStats result;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     result = normalise(input, parts, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                       layer);
+                       layer, relu);
   }
   bump_versions({&running_mean, &running_var, &num_batches_tracked});
   return result;

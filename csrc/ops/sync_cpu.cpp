@@ -40,13 +40,15 @@ at::Tensor new_part(const at::Tensor& input, int64_t mark) {
   return part;
 }
 
-at::Tensor moments_cpu(const at::Tensor& input, int64_t mark) {
+at::Tensor moments_cpu(const at::Tensor& input, int64_t mark, int64_t relu) {
+  check_relu(relu);
   check_forward_but_rows(input, {}, {}, {}, {}, {}, /*training=*/true, /*eps=*/1.0);
   at::Tensor part = new_part(input, mark);
   if (input.numel() == 0) return part;
   kernels::ForwardArgs args{};
   args.shape = shape_of(input);
   args.dtype = args.param_dtype = kernel_dtype(input.scalar_type());
+  args.relu = static_cast<kernels::Relu>(relu);
   auto* values = part.mutable_data_ptr<double>() + kFirst;
   args.input = view_of(input);
   Scratch scratch(kernels::forward_scratch(args.shape));
@@ -86,7 +88,8 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
                              const std::optional<at::Tensor>& running_mean,
                              const std::optional<at::Tensor>& running_var,
                              const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                             double eps, c10::string_view layer) {
+                             double eps, c10::string_view layer, int64_t relu) {
+  check_relu(relu);
   check_forward_but_rows(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
                          eps);
   const at::Tensor kept_parts = parts.contiguous();
@@ -97,6 +100,7 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   args.shape = shape_of(input);
   args.dtype = kernel_dtype(input.scalar_type());
   args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
+  args.relu = static_cast<kernels::Relu>(relu);
   args.training = true;
   args.eps = eps;
   const int64_t channels = args.shape.c;
@@ -126,63 +130,71 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   return {std::move(output), std::move(stats)};
 }
 
+// What both halves of a backward are given. It owns copies of what is not as the kernels want it.
+class LocalGradient {
+ public:
+  LocalGradient(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                const std::optional<at::Tensor>& bias, const at::Tensor& stats, int64_t relu)
+      : stats_(stats.contiguous()), scratch_(scratch_for(shape_of(input), kernels::backward_scratch)) {
+    args.shape = shape_of(input);
+    args.dtype = kernel_dtype(input.scalar_type());
+    args.param_dtype = kernel_dtype(parameter_dtype(input, weight, bias));
+    args.relu = static_cast<kernels::Relu>(relu);
+    args.training = true;
+    args.grad_output = view_of(grad_output);
+    args.input = view_of(input);
+    args.weight = parameter_view(weight, weight_);
+    args.bias = parameter_view(bias, bias_);
+    args.mean = stats_.const_data_ptr<double>();
+    args.invstd = args.mean + args.shape.c;
+    args.scratch = scratch_.data();
+    args.threads = thread_count();
+    args.stream_from = kernels::stream_from();
+  }
+
+  kernels::BackwardArgs args{};
+
+ private:
+  at::Tensor stats_;
+  at::Tensor weight_;
+  at::Tensor bias_;
+  Scratch scratch_;
+};
+
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
-                    const std::optional<at::Tensor>& weight, const at::Tensor& stats) {
+                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                    const at::Tensor& stats, int64_t relu) {
   const int64_t channels = input.size(1);
   TORCH_CHECK(stats.dim() == 1 && stats.size(0) == 2 * channels + 1, "stats should contain ", 2 * channels + 1,
               " elements not ", stats.numel());
-  check_backward(grad_output, input, weight, stats.narrow(0, 0, 2 * channels).view({2, channels}), std::nullopt,
-                 /*relu=*/0);
+  check_backward(grad_output, input, weight, stats.narrow(0, 0, 2 * channels).view({2, channels}), bias, relu);
 }
 
-kernels::BackwardArgs backward_args(const at::Tensor& grad_output, const at::Tensor& input,
-                                    const at::Tensor& stats) {
-  kernels::BackwardArgs args{};
-  args.shape = shape_of(input);
-  args.dtype = args.param_dtype = kernel_dtype(input.scalar_type());
-  args.training = true;
-  args.grad_output = view_of(grad_output);
-  args.input = view_of(input);
-  args.mean = stats.const_data_ptr<double>();
-  args.invstd = args.mean + args.shape.c;
-  args.threads = thread_count();
-  args.stream_from = kernels::stream_from();
-  return args;
-}
-
-at::Tensor gradient_sums_cpu(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& stats,
-                             int64_t mark) {
-  const at::Tensor kept_stats = stats.contiguous();
-  check_gradient(grad_output, input, {}, kept_stats);
+at::Tensor gradient_sums_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                             const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& stats, int64_t mark, int64_t relu) {
+  check_gradient(grad_output, input, weight, bias, stats, relu);
   at::Tensor part = new_part(input, mark);
   if (input.numel() == 0) return part;
-  kernels::BackwardArgs args = backward_args(grad_output, input, kept_stats);
-  Scratch scratch(kernels::backward_scratch(args.shape));
-  args.scratch = scratch.data();
+  const LocalGradient local(grad_output, input, weight, bias, stats, relu);
   auto* values = part.mutable_data_ptr<double>() + kFirst;
-  sync_kernels().sums(args, values, values + args.shape.c);
+  sync_kernels().sums(local.args, values, values + local.args.shape.c);
   return part;
 }
 
 at::Tensor gradient_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                        const std::optional<at::Tensor>& weight, const at::Tensor& stats, const at::Tensor& parts,
-                        c10::string_view layer) {
-  const at::Tensor kept_stats = stats.contiguous();
+                        const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                        const at::Tensor& stats, const at::Tensor& parts, c10::string_view layer, int64_t relu) {
   const at::Tensor kept_parts = parts.contiguous();
-  check_gradient(grad_output, input, weight, kept_stats);
+  check_gradient(grad_output, input, weight, bias, stats, relu);
   const double rows = check_parts(input, kept_parts, layer);
   at::Tensor grad_input = empty_result(input.sizes(), input.options());
   if (input.numel() == 0) return grad_input;
-  kernels::BackwardArgs args = backward_args(grad_output, input, kept_stats);
-  args.param_dtype = kernel_dtype(parameter_dtype(input, weight));
-  at::Tensor weight_kept;
-  args.weight = parameter_view(weight, weight_kept);
-  args.grad_input = grad_input.mutable_data_ptr();
-  Scratch scratch(kernels::backward_scratch(args.shape));
-  args.scratch = scratch.data();
+  LocalGradient local(grad_output, input, weight, bias, stats, relu);
+  local.args.grad_input = grad_input.mutable_data_ptr();
   const auto* values = kept_parts.const_data_ptr<double>() + kFirst;
-  sync_kernels().gradient(
-      args, kernels::PartialSums{kept_parts.size(0), kept_parts.size(1), rows, values, values + args.shape.c});
+  sync_kernels().gradient(local.args, kernels::PartialSums{kept_parts.size(0), kept_parts.size(1), rows, values,
+                                                           values + local.args.shape.c});
   return grad_input;
 }
 

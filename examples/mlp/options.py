@@ -210,8 +210,6 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error("argument --sync-bn: there is one process; start several with torchrun")
     if values.fused and values.placement == "none":
         parser.error("argument --fused: placement none has no batch norm to fuse")
-    if values.fused and values.sync_bn:
-        parser.error("argument --fused: not with --sync-bn, whose layers have no fused form")
     return Options(
         settings=Settings(
             placement=values.placement,

@@ -141,10 +141,10 @@ def make_learner(
         # Imported here: the job's networks know layers by their interface alone.
         import torch_bn
 
-        if settings.sync_bn:
-            torch_bn.convert_sync(model)
         if settings.fused:
             torch_bn.convert(model, fuse=True)
+        if settings.sync_bn:
+            torch_bn.convert_sync(model)
     return Learner(name, model, settings, world)
 
 

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <string>
 
-#include "problem.h"
+#include "shares.h"
 
 namespace torch_bn::testing {
 namespace {
@@ -78,6 +78,16 @@ void print(const char* name, const KernelTable& table) {
       std::printf("%s %lldx%lldx%lld %s%s %016llx\n", name, static_cast<long long>(shape.n),
                   static_cast<long long>(shape.c), static_cast<long long>(shape.l), training ? "train" : "eval",
                   kRelu[mode / 2], hash.value());
+      if (!training) continue;
+      const auto shared = SharedRun<T>(problem, {shape.n / 3, shape.n - shape.n / 3}, table, 2).run();
+      Hash of_shares;
+      of_shares.add(shared.output);
+      of_shares.add(shared.grad_input);
+      of_shares.add(shared.running_mean[0]);
+      of_shares.add(shared.running_var[0]);
+      std::printf("%s %lldx%lldx%lld in two processes%s %016llx\n", name, static_cast<long long>(shape.n),
+                  static_cast<long long>(shape.c), static_cast<long long>(shape.l), kRelu[mode / 2],
+                  of_shares.value());
     }
 }
 

@@ -117,6 +117,37 @@ TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
   EXPECT_TRUE(torch::equal(variances[0], variances[1]));
 }
 
+template <typename Layer>
+void expect_the_bits_of_two_modules(bool relu_first) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({20, 7});
+  const auto g = torch::randn({20, 7});
+  together([&](int rank, const std::string& group) {
+    Layer layer(torch_bn::BatchNorm1dOptions(7), group, "fused");
+    torch_bn::SyncBatchNorm1d norm(torch_bn::BatchNorm1dOptions(7), group, "norm");
+    auto one = x.slice(0, 13 * rank, rank == 0 ? 13 : 20).clone().requires_grad_();
+    auto two = one.detach().clone().requires_grad_();
+    const auto fused = layer->forward(one);
+    const auto want = relu_first ? norm->forward(torch::relu(two)) : torch::relu(norm->forward(two));
+    EXPECT_TRUE(torch::equal(fused, want));
+    const auto own = g.slice(0, 13 * rank, rank == 0 ? 13 : 20);
+    fused.backward(own);
+    want.backward(own);
+    EXPECT_TRUE(torch::equal(one.grad(), two.grad()));
+    EXPECT_TRUE(torch::equal(layer->weight.grad(), norm->weight.grad()));
+    EXPECT_TRUE(torch::equal(layer->running_var, norm->running_var));
+    layer->eval();
+    norm->eval();
+    EXPECT_TRUE(torch::equal(layer->forward(one),
+                             relu_first ? norm->forward(torch::relu(two)) : torch::relu(norm->forward(two))));
+  });
+}
+
+TEST(SyncBatchNorm1d, WithAReluItIsTheTwoModules) {
+  expect_the_bits_of_two_modules<torch_bn::SyncBatchNormReLU1d>(/*relu_first=*/false);
+  expect_the_bits_of_two_modules<torch_bn::SyncReLUBatchNorm1d>(/*relu_first=*/true);
+}
+
 TEST(SyncBatchNorm1d, MembersThatDifferThrowBoth) {
   together([](int rank, const std::string& group) {
     torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5).momentum(rank == 0 ? 0.1 : 0.2), group, "bn");

@@ -66,8 +66,8 @@ def run(
             ended.append(Ended(process.returncode, output, errors))
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes
+                process.kill()
     return ended
 
 

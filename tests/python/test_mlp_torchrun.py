@@ -17,8 +17,8 @@ SCRIPT = Path(train_mlp.__file__)
 OFFLINE = ["--data-url", "http://127.0.0.1:9/", "--threads", "1", "--validate", "off"]
 SECONDS = 120
 
-# Rank 1 is killed in its 31st step, but only the first time that torchrun starts it.
-DYING = """
+# In rank 1's 31st step, and only the first time that torchrun starts it, something happens.
+IN_STEP_31 = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import train_mlp
@@ -27,12 +27,16 @@ advance = Training.advance
 def dying(self):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and os.environ["RANK"] == "1" and self.position == 30:
-        os.kill(os.getpid(), signal.SIGKILL)
+        {happens}
     return advance(self)
 Training.advance = dying
 sys.exit(train_mlp.main())
 """
 
+
+DYING = IN_STEP_31.replace("{happens}", "os.kill(os.getpid(), signal.SIGKILL)")
+# As a cluster's scheduler does before it takes the machine away.
+TERMINATED = IN_STEP_31.replace("{happens}", "os.kill(os.getppid(), signal.SIGTERM)")
 
 # Gloo's threads have ended where the job has: one that frees a tensor of Python's while Python ends
 # aborts the process.
@@ -83,11 +87,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("placement", "epochs"), [("before", "1"), ("after", "5")])
 def test_as_one_process(placement: str, epochs: str, tmp_path: Path) -> None:
-    """Two processes that share each batch end with the weights of one with the whole batch."""
+    """Two processes that share each batch end with the weights of one with the whole batch.
+
+    With the ReLU first they do each batch norm and its ReLU in one.
+    """
     options = ["--placement", placement, "--epochs", epochs, "--dtype", "float64"]
     alone = start(0, tmp_path / "alone", *options)
     assert alone.returncode == 0, alone.stderr
-    two = start(2, tmp_path / "two", "--sync-bn", *options, program=ENDING)
+    fused = ["--fused"] if placement == "after" else []
+    two = start(2, tmp_path / "two", "--sync-bn", *fused, *options, program=ENDING)
     assert two.returncode == 0, two.stderr
     want, got = weights(tmp_path / "alone"), weights(tmp_path / "two")
     apart = {name: (got[name] - want[name]).abs().max().item() for name in want}
@@ -115,6 +123,22 @@ def test_restarted_after_a_kill(tmp_path: Path) -> None:
     assert "Resumed from" in broken.stdout
     assert "20 of 60 steps are done" in broken.stdout
     assert "failed (exitcode: -9) local_rank: 1" in broken.stderr
+    want, got = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_resumed_after_torchrun_was_terminated(tmp_path: Path) -> None:
+    options = ["--epochs", "3", "--sync-bn", "--resume"]
+    whole = start(2, tmp_path / "whole", *options)
+    assert whole.returncode == 0, whole.stderr
+    broken = start(2, tmp_path / "broken", *options, program=TERMINATED)
+    assert broken.returncode != 0
+    assert "Interrupted, state saved in" in broken.stdout, broken.stderr
+    assert not (tmp_path / "broken" / "model.pt").exists()
+    resumed = start(2, tmp_path / "broken", *options)
+    assert resumed.returncode == 0, resumed.stderr
+    # Of the step in which the signal came, or of the next: rank 0 may have been ahead.
+    assert any(f": {done} of 60 steps are done." in resumed.stdout for done in (30, 31, 32))
     want, got = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(want[name], got[name]) for name in want)
 

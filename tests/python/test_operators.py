@@ -105,20 +105,23 @@ def test_ghost_backward(shape: tuple[int, ...], mask: list[bool]) -> None:
     opcheck(OPS._ghost_batch_norm_backward.default, (gradient, x, weight, stats, 1e-5, 2, mask))
 
 
+@pytest.mark.parametrize("relu", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 40), (0, 3)], ids=str)
-def test_synchronised(shape: tuple[int, ...]) -> None:
+def test_synchronised(shape: tuple[int, ...], relu: int) -> None:
     """The parts between the collectives; the whole is tested in processes, in test_sync.py."""
     # Autograd is above these operators: the arguments need no gradient.
     x, weight, bias, mean, var = (each.detach() for each in tensors(shape))
-    opcheck(OPS._sync_moments.default, (x, 5))
-    parts = torch.stack([OPS._sync_moments(part, 5) for part in (x, torch.randn(4, *shape[1:]))])
-    rest = (weight, bias, mean, var, torch.tensor(0), 0.1, 1e-5, "bn")
+    opcheck(OPS._sync_moments.default, (x, 5, relu))
+    other = torch.randn(4, *shape[1:])
+    parts = torch.stack([OPS._sync_moments(part, 5, relu) for part in (x, other)])
+    rest = (weight, bias, mean, var, torch.tensor(0), 0.1, 1e-5, "bn", relu)
     opcheck(OPS._sync_normalise.default, (x, parts, *rest))
     _, stats = OPS._sync_normalise(x, parts, *rest)
     g = torch.randn(shape)
-    opcheck(OPS._sync_gradient_sums.default, (g, x, stats, 5))
-    sums = torch.stack([OPS._sync_gradient_sums(g, x, stats, 5)] * 2)
-    opcheck(OPS._sync_gradient.default, (g, x, weight, stats, sums, "bn"))
+    given = (g, x, weight, bias, stats)
+    opcheck(OPS._sync_gradient_sums.default, (*given, 5, relu))
+    sums = torch.stack([OPS._sync_gradient_sums(*given, 5, relu)] * 2)
+    opcheck(OPS._sync_gradient.default, (*given, sums, "bn", relu))
 
 
 def test_synchronised_parts_of_another_shape_or_layer_are_refused() -> None:
@@ -126,6 +129,8 @@ def test_synchronised_parts_of_another_shape_or_layer_are_refused() -> None:
     rest = (None, None, None, None, None, 0.1, 1e-5, "bn")
     with pytest.raises(RuntimeError, match=r"parts should be of .* shape \[processes, 8\]"):
         OPS._sync_normalise(x, torch.zeros(2, 6, dtype=torch.double), *rest)
+    with pytest.raises(RuntimeError, match=r"relu should be 0 \(none\), 1 \(after\) or 2"):
+        OPS._sync_moments(x, 5, 3)
     parts = torch.stack([OPS._sync_moments(x, mark) for mark in (5, 6)])
     with pytest.raises(RuntimeError, match="'bn': the processes of ranks 0 and 1 of its group are"):
         OPS._sync_normalise(x, parts, *rest)

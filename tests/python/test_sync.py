@@ -314,11 +314,10 @@ def test_converting() -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (torch_bn.BatchNormReLU1d(3), "'0' has a ReLU fused into it"),
         (torch_bn.BatchNorm1d(3, channels_last=True), "'0' has channels_last=True"),
         (torch_bn.BatchNorm1d(3, virtual_batch_size=4), "'0' has virtual_batch_size=4"),
     ],
-    ids=["fused", "channels_last", "ghost"],
+    ids=["channels_last", "ghost"],
 )
 def test_layers_that_cannot_be_synchronised_are_refused(layer: torch.nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):

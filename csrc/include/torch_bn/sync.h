@@ -1,5 +1,5 @@
 /// \file
-/// The layer whose batch lies in several processes.
+/// The layers whose batch lies in several processes.
 #pragma once
 
 #include <torch_bn/modules.h>
@@ -8,6 +8,36 @@
 #include <utility>
 
 namespace torch_bn {
+
+namespace detail {
+
+/// What the layers of several processes are made of. `Derived` adds `layer_name` and where its ReLU is.
+template <typename Derived>
+class SyncBatchNormImplBase : public BatchNormImplBase<Derived> {
+ public:
+  /// \param options those of `BatchNorm1d`
+  /// \param group name under which `c10d::register_process_group` knows the group; empty for a layer alone, which
+  ///   is the layer of one process
+  /// \param name the layer as messages name it, and by which the processes tell their layers apart: the same in
+  ///   all
+  explicit SyncBatchNormImplBase(const BatchNorm1dOptions& options, std::string group = "", std::string name = "")
+      : BatchNormImplBase<Derived>(options), group_(std::move(group)), name_(std::move(name)) {}
+
+  /// Normalises `input`; in training by the statistics of all processes, and updates the running statistics.
+  ///
+  /// \param input (N, C) or (N, C, L) on CPU; float32, float64, bfloat16 or float16, of any strides; N may be 0
+  /// \return a contiguous tensor of the input's shape and type
+  /// \throws c10::Error as `BatchNorm1d`; when there is no group of that name, when the processes do not do the
+  ///   same, or when a process has ended or does not come within the group's timeout
+  torch::Tensor forward(const torch::Tensor& input);
+
+ private:
+  std::string group_;
+  std::string name_;
+  bool agreed_ = false;
+};
+
+}  // namespace detail
 
 /// A `BatchNorm1d` whose statistics are those of the batches of all processes of a group together.
 ///
@@ -18,37 +48,38 @@ namespace torch_bn {
 ///
 /// The first forward in training makes sure that all processes mean the same, and throws in all of them if not;
 /// with the environment variable TORCH_BN_SYNC_DEBUG=1 every forward does.
-class SyncBatchNorm1dImpl : public detail::BatchNormImplBase<SyncBatchNorm1dImpl> {
+class SyncBatchNorm1dImpl : public detail::SyncBatchNormImplBase<SyncBatchNorm1dImpl> {
  public:
-  /// \param options those of `BatchNorm1d`
-  /// \param group name under which `c10d::register_process_group` knows the group; empty for a layer alone, which
-  ///   is a `BatchNorm1d`
-  /// \param name the layer as messages name it, and by which the processes tell their layers apart: the same in
-  /// all
-  explicit SyncBatchNorm1dImpl(const BatchNorm1dOptions& options, std::string group = "", std::string name = "")
-      : detail::BatchNormImplBase<SyncBatchNorm1dImpl>(options),
-        group_(std::move(group)),
-        name_(std::move(name)) {}
-
-  /// Normalises `input`; in training by the statistics of all processes, and updates the running statistics.
-  ///
-  /// \param input (N, C) or (N, C, L) on CPU; float32, float64, bfloat16 or float16, of any strides; N may be 0
-  /// \return a contiguous tensor of the input's shape and type
-  /// \throws c10::Error as `BatchNorm1d`; when there is no group of that name, when the processes do not do the
-  /// same,
-  ///   or when a process has ended or does not come within the group's timeout
-  torch::Tensor forward(const torch::Tensor& input);
+  using detail::SyncBatchNormImplBase<SyncBatchNorm1dImpl>::SyncBatchNormImplBase;
 
   /// "SyncBatchNorm1d".
   static const char* layer_name();
+};
 
- private:
-  std::string group_;
-  std::string name_;
-  bool agreed_ = false;
+/// A `BatchNormReLU1d` of several processes; otherwise like `SyncBatchNorm1dImpl`.
+class SyncBatchNormReLU1dImpl : public detail::SyncBatchNormImplBase<SyncBatchNormReLU1dImpl> {
+ public:
+  using detail::SyncBatchNormImplBase<SyncBatchNormReLU1dImpl>::SyncBatchNormImplBase;
+
+  /// "SyncBatchNormReLU1d".
+  static const char* layer_name();
+};
+
+/// A `ReLUBatchNorm1d` of several processes; otherwise like `SyncBatchNorm1dImpl`.
+class SyncReLUBatchNorm1dImpl : public detail::SyncBatchNormImplBase<SyncReLUBatchNorm1dImpl> {
+ public:
+  using detail::SyncBatchNormImplBase<SyncReLUBatchNorm1dImpl>::SyncBatchNormImplBase;
+
+  /// "SyncReLUBatchNorm1d".
+  static const char* layer_name();
 };
 
 extern template class detail::BatchNormImplBase<SyncBatchNorm1dImpl>;
+extern template class detail::BatchNormImplBase<SyncBatchNormReLU1dImpl>;
+extern template class detail::BatchNormImplBase<SyncReLUBatchNorm1dImpl>;
+extern template class detail::SyncBatchNormImplBase<SyncBatchNorm1dImpl>;
+extern template class detail::SyncBatchNormImplBase<SyncBatchNormReLU1dImpl>;
+extern template class detail::SyncBatchNormImplBase<SyncReLUBatchNorm1dImpl>;
 
 /// Holds a `SyncBatchNorm1dImpl`.
 ///
@@ -56,5 +87,11 @@ extern template class detail::BatchNormImplBase<SyncBatchNorm1dImpl>;
 /// torch_bn::SyncBatchNorm1d layer(300, "sync", "bn1");
 /// ```
 TORCH_MODULE(SyncBatchNorm1d);
+
+/// Holds a `SyncBatchNormReLU1dImpl`.
+TORCH_MODULE(SyncBatchNormReLU1d);
+
+/// Holds a `SyncReLUBatchNorm1dImpl`.
+TORCH_MODULE(SyncReLUBatchNorm1d);
 
 }  // namespace torch_bn
