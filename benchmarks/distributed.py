@@ -28,7 +28,7 @@ import torch_bn
 CHANNELS = (100, 300, 1024, 4096)
 WORLDS = (1, 2, 4)
 ROWS = 64
-REPETITIONS = 41
+REPETITIONS = 81
 BEGIN = "<!-- BEGIN measured: written by python -m benchmarks.distributed --docs docs -->"
 END = "<!-- END measured -->"
 
@@ -41,6 +41,7 @@ class Row:
     channels: int
     local_layer: float
     sync_layer: float
+    local_and_collectives: float
     gather: float
     reduce: float
     local_step: float
@@ -53,7 +54,12 @@ class Row:
 
     @property
     def allowed(self) -> float:
-        """A gather's and an all-reduce's own time, and a fifth."""
+        """What a gather and an all-reduce add to a local layer's step, and a fifth."""
+        return 1.2 * (self.local_and_collectives - self.local_layer)
+
+    @property
+    def alone(self) -> float:
+        """A gather's and an all-reduce's time right after a barrier, and a fifth."""
         return 1.2 * (self.gather + self.reduce)
 
 
@@ -64,14 +70,27 @@ def loopback_bytes() -> int:
     raise RuntimeError("there is no loopback device")
 
 
-def layer_step(layer: torch.nn.Module, channels: int) -> Callable[[], None]:
+def nothing() -> None:
+    pass
+
+
+def layer_step(
+    layer: torch.nn.Module,
+    channels: int,
+    forward: Callable[[], None] = nothing,
+    backward: Callable[[], None] = nothing,
+) -> Callable[[], None]:
+    """A forward and backward, with something done in each besides."""
     x = torch.randn(ROWS, channels, requires_grad=True)
     g = torch.randn(ROWS, channels)
 
     def step() -> None:
         layer.zero_grad()
         x.grad = None
-        layer(x).backward(g)
+        y = layer(x)
+        forward()
+        y.backward(g)
+        backward()
 
     return step
 
@@ -102,7 +121,11 @@ def collective(name: str, channels: int, world: int) -> Callable[[], None]:
     part = torch.zeros(2 + 2 * channels, dtype=torch.double)
     arguments = (part, world, group) if name == "all_gather_into_tensor" else (part, "sum", group)
     operator = getattr(functional, name)
-    return lambda: functional.wait_tensor(operator(*arguments))
+
+    def call() -> None:
+        functional.wait_tensor(operator(*arguments))
+
+    return call
 
 
 def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -125,11 +148,14 @@ def work(rank: int, world: int, directory: str) -> None:
     rows = []
     for channels in CHANNELS:
         local, sync = torch_bn.BatchNorm1d(channels), torch_bn.SyncBatchNorm1d(channels)
+        gather = collective("all_gather_into_tensor", channels, world)
+        reduce = collective("all_reduce", channels, world)
         calls = {
             "local_layer": layer_step(local, channels),
             "sync_layer": layer_step(sync, channels),
-            "gather": collective("all_gather_into_tensor", channels, world),
-            "reduce": collective("all_reduce", channels, world),
+            "local_and_collectives": layer_step(local, channels, gather, reduce),
+            "gather": gather,
+            "reduce": reduce,
             "local_step": model_step(torch_bn.BatchNorm1d(channels), channels, world),
             "sync_step": model_step(torch_bn.SyncBatchNorm1d(channels), channels, world),
         }
@@ -154,13 +180,14 @@ def microseconds(seconds: float) -> str:
 
 def markdown(rows: list[Row]) -> str:
     lines = [
-        "| processes | C | layer, local BN | layer, sync | sync adds | gather + all-reduce, and a "
-        "fifth | DDP step, local BN | DDP step, sync | bytes of a layer step | of these values |",
-        "| ---: " * 10 + "|",
+        "| processes | C | layer, local BN | layer, sync | sync adds | gather + all-reduce in its "
+        "place, and a fifth | alone, and a fifth | DDP step, local BN | DDP step, sync | bytes of "
+        "a layer step | of these values |",
+        "| ---: " * 11 + "|",
     ]
     for row in rows:
         values = 2 * row.world * (row.world - 1) * 8 * (2 + 2 * row.channels)
-        figures = (row.local_layer, row.sync_layer, row.added, row.allowed)
+        figures = (row.local_layer, row.sync_layer, row.added, row.allowed, row.alone)
         steps = (row.local_step, row.sync_step)
         lines.append(
             f"| {row.world} | {row.channels} | "
@@ -177,10 +204,12 @@ def model_seconds(world: int, channels: int, latency: float, bandwidth: float) -
 
 def fitted(rows: list[Row]) -> tuple[float, float]:
     """Latency and bytes per second of a step of the ring, from the gathers of two processes."""
-    two = {row.channels: row.gather for row in rows if row.world == 2}
-    small, large = min(two), max(two)
-    bandwidth = 16 * (large - small) / max(two[large] - two[small], 1e-9)
-    return two[small] - 16 * small / bandwidth, bandwidth
+    two = [row for row in rows if row.world == 2]
+    line = statistics.linear_regression(
+        [8 * (2 + 2 * row.channels) for row in two], [row.gather for row in two]
+    )
+    # Where bytes cost less than the noise, their price is taken as small, not as negative.
+    return line.intercept, 1 / max(line.slope, 1e-11)
 
 
 def plot(rows: list[Row], path: Path) -> None:
