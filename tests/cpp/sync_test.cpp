@@ -60,7 +60,7 @@ class InMemory : public c10d::Backend {
 
 // Runs member(rank, group name) in two threads.
 template <typename Member>
-std::shared_ptr<Meeting> together(Member member) {
+std::shared_ptr<Meeting> together(Member member, bool with_store = true) {
   auto meeting = std::make_shared<Meeting>();
   auto store = c10::make_intrusive<c10d::HashStore>();
   std::vector<std::thread> threads;
@@ -68,7 +68,8 @@ std::shared_ptr<Meeting> together(Member member) {
     threads.emplace_back([=] {
       // A process knows its group by one name; two members in one process need two.
       const std::string name = "member " + std::to_string(rank);
-      auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, kMembers);
+      auto group = with_store ? c10::make_intrusive<c10d::ProcessGroup>(store, rank, kMembers)
+                              : c10::make_intrusive<c10d::ProcessGroup>(rank, kMembers);
       group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::CUSTOM,
                         c10::make_intrusive<InMemory>(rank, meeting));
       group->setDefaultBackend(c10d::ProcessGroup::BackendType::CUSTOM);
@@ -148,8 +149,13 @@ TEST(SyncBatchNorm1d, WithAReluItIsTheTwoModules) {
   expect_the_bits_of_two_modules<torch_bn::SyncReLUBatchNorm1d>(/*relu_first=*/true);
 }
 
-TEST(SyncBatchNorm1d, MembersThatDifferThrowBoth) {
-  together([](int rank, const std::string& group) {
+class WithAndWithoutStore : public ::testing::TestWithParam<bool> {};
+
+// Groups of MPI have no store: there the members agree by the backend.
+INSTANTIATE_TEST_SUITE_P(SyncBatchNorm1d, WithAndWithoutStore, ::testing::Bool());
+
+TEST_P(WithAndWithoutStore, MembersThatDifferThrowBoth) {
+  const auto member = [](int rank, const std::string& group) {
     torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5).momentum(rank == 0 ? 0.1 : 0.2), group, "bn");
     try {
       layer->forward(torch::randn({4, 5}));
@@ -159,7 +165,10 @@ TEST(SyncBatchNorm1d, MembersThatDifferThrowBoth) {
       EXPECT_NE(words.find("SyncBatchNorm1d 'bn': the processes of group"), std::string::npos) << words;
       EXPECT_NE(words.find("momentum 0.2"), std::string::npos) << words;
     }
-  });
+    torch_bn::SyncBatchNorm1d same(torch_bn::BatchNorm1dOptions(5), group, "bn");
+    EXPECT_NO_THROW(same->forward(torch::randn({4, 5})));
+  };
+  together(member, GetParam());
 }
 
 // A backend's thread keeps the caller's state: with Python's objects in it, it could be the last to free them.
