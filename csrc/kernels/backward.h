@@ -214,8 +214,9 @@ struct TrainingGradient {
     T mean, slope, shift, scale;
     Pre relu;
     T operator()(T g, T x) const {
-      if constexpr (kRelu == Relu::after) g = relu.passed(g, x);
-      const T result = (g - ((before_norm<kRelu>(x) - mean) * slope + shift)) * scale;
+      const T centred = before_norm<kRelu>(x) - mean;
+      if constexpr (kRelu == Relu::after) g = relu.passed(g, x, centred, scale);
+      const T result = (g - (centred * slope + shift)) * scale;
       if constexpr (kRelu == Relu::before) return passed(result, x);
       return result;
     }

@@ -82,8 +82,10 @@ struct PreActivation {
 
   // The gradient that comes through the ReLU behind the normalised x. A result so small that the element's type
   // holds it as zero counts as zero.
-  T passed(T g, T x) const {
-    const T y = (x - mean) * scale + bias;
+  T passed(T g, T x) const { return passed(g, x, x - mean, scale); }
+  // The same with x - mean and the scale at hand, so that neither takes registers twice.
+  T passed(T g, T /*x*/, T centred, T own_scale) const {
+    const T y = centred * own_scale + bias;
     return y <= broadcast<T>(Element::kVanishes) ? T{} : g;
   }
 };
@@ -95,6 +97,7 @@ struct AnyPreActivation {
   PreActivation<Element, float> narrow;
   bool plain;
 
+  double passed(double g, double x, double /*centred*/, double /*own_scale*/) const { return passed(g, x); }
   double passed(double g, double x) const {
     if (plain) return narrow.passed(1.0F, static_cast<float>(x)) == 0.0F ? 0.0 : g;
     const double y = (x - wide.mean) * wide.scale + wide.bias;

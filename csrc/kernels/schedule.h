@@ -12,6 +12,8 @@ constexpr i64 kOwnCache = i64{512} << 10;
 constexpr i64 kNarrowest = 256;
 // Shares and blocks of channels start at multiples of this many.
 constexpr i64 kGrain = 16;
+// Lines that lie a multiple of this apart fall into few of a cache's sets, and drive each other out.
+constexpr i64 kAliasing = 4096;
 
 // Either every thread takes channels of its own, a block of them from the first sum to the last result, and
 // no thread waits for another; or the threads share the rows and meet between sweeps.
@@ -23,14 +25,17 @@ struct Schedule {
     const i64 bytes_per_channel = partition.rows * bytes_per_element * operands;
     const i64 fitting = kOwnCache / bytes_per_channel;
     const i64 own = round_up(ceil_div(shape.c, threads), kGrain);
+    const bool streams = bytes_per_channel * shape.c > 2 * kOwnCache * threads;
     if (partition.along_lines) {
       block = max_of(fitting, 1);
-      by_channels = threads == 1 || shape.c >= 2 * kGrain * threads;
+      // A block's lines lie far apart. Two sweeps in the order of memory cost less than that, but for a backward,
+      // which would read two arrays twice, whose block's lines find room.
+      const bool aliases = shape.c * shape.l * bytes_per_element % kAliasing == 0;
+      by_channels = (threads == 1 || shape.c >= 2 * kGrain * threads) && !(streams && (operands == 1 || aliases));
     } else {
       block = min_of(fitting / kGrain * kGrain, own);
       const bool fits = block >= min_of(kNarrowest, shape.c);
       // In cache, threads share the rows: half of every row of a power of two would fill half of the cache's sets.
-      const bool streams = bytes_per_channel * shape.c > 2 * kOwnCache * threads;
       by_channels = fits && (threads == 1 || streams);
     }
     if (!by_channels) block = shape.c;
