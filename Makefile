@@ -6,6 +6,7 @@
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
+#   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
 #   make accuracy                   the table of errors, docs/accuracy.md
 #   make bench                      time against the builtin and other peers, in ten minutes
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
@@ -13,7 +14,7 @@
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
-  bench-cpp lint clean
+  bench-cpp lint wheel clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -76,6 +77,9 @@ lint: setup
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
 	@git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+wheel: setup
+	@scripts/wheel.sh
 
 clean:
 	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include torch_bn/share

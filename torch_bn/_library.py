@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps torch_bn"
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _minor(version: str) -> str:
@@ -19,19 +19,22 @@ def _load() -> Any:
         from torch_bn._build_config import torch_version
     except ImportError as error:
         raise ImportError(
-            f"torch_bn was not built: its C++ library is missing. Build it with '{_REBUILD}'."
+            "torch_bn was not built: its C++ library is missing. Build it in a copy of the "
+            f"sources with '{_REBUILD}'."
         ) from error
     # A C++ autograd function has the ABI of one torch minor version only.
     if _minor(torch_version) != _minor(torch.__version__):
         raise ImportError(
             f"torch_bn was built for torch {torch_version} but torch {torch.__version__} is "
-            f"installed. Rebuild it with '{_REBUILD}'."
+            f"installed. Install torch {_minor(torch_version)}, or rebuild torch_bn for this "
+            f"one in a copy of its sources with '{_REBUILD}'."
         )
     try:
         from torch_bn import _C
     except ImportError as error:
         raise ImportError(
-            f"torch_bn's C++ library could not be loaded ({error}). Rebuild it with '{_REBUILD}'."
+            f"torch_bn's C++ library could not be loaded ({error}). Rebuild it in a copy of "
+            f"the sources with '{_REBUILD}'."
         ) from error
     return _C
 
