@@ -1,0 +1,14 @@
+"""All experiments, by name and in their order."""
+
+from __future__ import annotations
+
+from study import equations, scaling
+from study.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    each.name: each
+    for each in (
+        scaling.EXPERIMENT,
+        equations.EXPERIMENT,
+    )
+}
