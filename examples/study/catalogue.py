@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from study import equations, scaling
+from study import depth, equations, rates, scaling, shift
 from study.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -10,5 +10,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     for each in (
         scaling.EXPERIMENT,
         equations.EXPERIMENT,
+        shift.EXPERIMENT,
+        depth.EXPERIMENT,
+        rates.EXPERIMENT,
     )
 }

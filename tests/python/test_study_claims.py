@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from study import equations, scaling
+import numpy as np
+
+from study import depth, equations, rates, scaling, shift
 from study.experiment import Claim, Run, grid
+from study.training import ACTIVATIONS
 
 
 def verdicts(claims: Sequence[Claim]) -> dict[str, bool]:
@@ -59,3 +63,67 @@ def test_equations() -> None:
     assert judged(mean_error=1e-6) == [False, True, True, True]
     assert judged(std_error=1e-6) == [True, False, True, True]
     assert judged(without_eps=0.1) == [True, True, True, False]
+
+
+def shift_runs(gain: float, wander: float) -> list[Run]:
+    """Accuracies that rise, with BN ahead by the gain; all units wander so much without BN."""
+    return [
+        Run(s, {"steps": [1, 2], "wander": [wander * 0.1, wander * 0.1] if bn else [0.1, 0.1],
+                "accuracy": [0.5 + gain * bn, 0.9 + gain * bn]})
+        for s in grid(placement=("none", "before"), rate=(0.1, 1.0), seed=(0, 1))
+        for bn in (s["placement"] == "before",)
+    ]  # fmt: skip
+
+
+def test_shift() -> None:
+    assert [c.held for c in shift.judge(shift_runs(0.05, wander=0.5))] == [True] * 4
+    assert [c.held for c in shift.judge(shift_runs(-0.01, wander=2))] == [False] * 4
+
+
+def test_wander_is_of_place_and_free_of_scale() -> None:
+    steady = np.array([[-1.0, 0.0, 1.0]] * 4)
+    moving = steady + np.array([[0.0], [1.0], [0.0], [1.0]])
+    assert shift.wander(steady) == 0
+    assert shift.wander(moving) == 0.25
+    assert shift.wander(moving * 8) == 0.25
+
+
+def depth_runs(slopes: dict[tuple[str, str, str], float]) -> list[Run]:
+    """Networks whose gradients' first layer is so many decades above the last."""
+    return [
+        Run(s, {"norms": {str(d): [10.0 ** slopes[s["activation"], s["weights"], s["placement"]], 1]
+                          for d in depth.DEPTHS}})
+        for s in grid(activation=ACTIVATIONS, weights=depth.FACTORS, placement=("none", "before"),
+                      seed=(0, 1))
+    ]  # fmt: skip
+
+
+def test_depth() -> None:
+    keys = [tuple(k.values()) for k in grid(a=ACTIVATIONS, w=depth.FACTORS, p=("none", "before"))]
+    sizes = {"small": -20.0, "right": 0.0, "large": 20.0}
+    good = {key: sizes[key[1]] if key[2] == "none" else 0.2 for key in keys}
+    assert [c.held for c in depth.judge(depth_runs(good))] == [True] * 6
+    bad = {key: 5.0 if key[2] == "before" else 0.0 for key in keys}
+    bad["relu", "small", "before"] = 0.0
+    assert [c.held for c in depth.judge(depth_runs(bad))] == [False] * 6
+
+
+def test_decades_of_gradients_that_are_gone() -> None:
+    assert depth.decades([1e-3, 1.0, 1e2]) == -5
+    assert depth.decades([0.0, 1.0]) == -math.inf
+    assert depth.decades([math.inf, 1.0]) == math.inf
+
+
+def rates_runs(largest: dict[str, float], best: dict[str, float]) -> list[Run]:
+    return [
+        Run(s, {"accuracy": best[s["placement"]] if s["rate"] <= largest[s["placement"]] else 0.1})
+        for s in grid(placement=rates.PLACEMENTS, rate=rates.RATES, seed=(0, 1))
+    ]
+
+
+def test_rates() -> None:
+    best = {"none": 0.95, "before": 0.96, "after": 0.96}
+    good = rates_runs({"none": 0.3, "before": 3.0, "after": 1.0}, best)
+    assert [c.held for c in rates.judge(good)] == [True] * 5
+    bad = rates_runs({"none": 0.3, "before": 0.3, "after": 0.1}, {**best, "before": 0.9})
+    assert [c.held for c in rates.judge(bad)] == [False] * 5
