@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from study import depth, equations, rates, scaling, shift
+from study import depth, equations, rates, regularisation, scaling, shift
 from study.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -13,5 +13,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         shift.EXPERIMENT,
         depth.EXPERIMENT,
         rates.EXPERIMENT,
+        regularisation.EXPERIMENT,
     )
 }

@@ -28,12 +28,15 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 # Runs of an experiment mostly take the same samples.
 @lru_cache(maxsize=4)
 def samples(data: Dataset, preprocess: str, limit: int | None) -> tuple[Samples, Samples]:
-    """Training and validation samples, of the first `limit` images of each (all when None)."""
+    """The first `limit` training samples (all when None), and the validation samples.
+
+    Both are scaled as fits those training samples.
+    """
     train, validation = data.train, data.validation
     scaling = Preprocessor.fit(preprocess, train.images[:limit])
     return (
         (scaling(train.images[:limit]), train.labels[:limit]),
-        (scaling(validation.images[:limit]), validation.labels[:limit]),
+        (scaling(validation.images), validation.labels),
     )
 
 

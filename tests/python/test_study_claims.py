@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from study import depth, equations, rates, scaling, shift
+from study import depth, equations, rates, regularisation, scaling, shift
 from study.experiment import Claim, Run, grid
 from study.training import ACTIVATIONS
 
@@ -127,3 +127,20 @@ def test_rates() -> None:
     assert [c.held for c in rates.judge(good)] == [True] * 5
     bad = rates_runs({"none": 0.3, "before": 0.3, "after": 0.1}, {**best, "before": 0.9})
     assert [c.held for c in rates.judge(bad)] == [False] * 5
+
+
+def regularisation_runs(gain: float, power: float) -> list[Run]:
+    """BN and dropout with so much more validation accuracy and less gap; noise by that power."""
+    better = {"none": 0.0, "bn": 2 * gain, "dropout": gain, "both": gain}
+    training = [
+        Run(s, {"gap": 0.2 - better[s["method"]], "validation": 0.8 + better[s["method"]]})
+        for s in grid(kind=("training",), method=regularisation.METHODS, size=(10, 20), seed=(0, 1))
+    ]
+    noise = [Run(s, {"mean": s["batch"] ** power}) for s in grid(kind=("noise",), batch=(2, 8, 32))]
+    return training + noise
+
+
+def test_regularisation() -> None:
+    good, bad = regularisation_runs(0.05, -0.52), regularisation_runs(-0.05, -0.4)
+    assert [c.held for c in regularisation.judge(good)] == [True] * 5
+    assert [c.held for c in regularisation.judge(bad)] == [False] * 5
