@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from study import depth, equations, rates, regularisation, scaling, shift
+from study import depth, equations, placement, rates, regularisation, scaling, shift
 from study.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -14,5 +14,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         depth.EXPERIMENT,
         rates.EXPERIMENT,
         regularisation.EXPERIMENT,
+        placement.EXPERIMENT,
     )
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from study import depth, equations, rates, regularisation, scaling, shift
+from study import depth, equations, placement, rates, regularisation, scaling, sensitivity, shift
 from study.experiment import Claim, Run, grid
 from study.training import ACTIVATIONS
 
@@ -144,3 +145,49 @@ def test_regularisation() -> None:
     good, bad = regularisation_runs(0.05, -0.52), regularisation_runs(-0.05, -0.4)
     assert [c.held for c in regularisation.judge(good)] == [True] * 5
     assert [c.held for c in regularisation.judge(bad)] == [False] * 5
+
+
+def placement_runs(gain: float, bias_gradient: float, growth: dict[str, float]) -> list[Run]:
+    """Accuracies that scatter by seed; BN before the ReLU is ahead of the rest by the gain."""
+
+    def accuracy(s: Any) -> float:
+        unlike = 0.001 * (s["seed"] * len(s["variant"]) % 4)
+        return 0.9 + 0.001 * s["seed"] + 0.1 * unlike + gain * s["variant"].startswith("before")
+
+    training = [
+        Run(s, {"accuracy": accuracy(s), "bias_gradient": bias_gradient})
+        for s in grid(kind=("training",), network=placement.NETWORKS, variant=placement.VARIANTS,
+                      seed=range(6))
+    ]  # fmt: skip
+    return training + [
+        Run({"kind": "sensitivity", "variant": v}, {"growth": growth.get(v, 0.0), "steepest": 3.0})
+        for v in sensitivity.VARIANTS
+    ]
+
+
+def test_placement() -> None:
+    good = placement_runs(0.05, 1e-7, {"after": 2.0})
+    assert [c.held for c in placement.judge(good)] == [True] * 11
+    grown = dict.fromkeys(sensitivity.VARIANTS, 1.0) | {"after": 0.1}
+    bad = placement_runs(0.0, 0.1, grown)
+    # A bias makes no difference here either.
+    assert [c.held for c in placement.judge(bad)] == [False, False, True] * 2 + [False] * 5
+
+
+def test_paired_differences() -> None:
+    average, low, high, p = placement.compare([0.91, 0.92, 0.96], [0.90, 0.90, 0.93])
+    # By hand: differences 1, 2, 3 of mean 2 and deviation 1; t(2) = 4.303 at 97.5%.
+    assert abs(average - 0.02) < 1e-12
+    assert abs((high - low) / 2 - 0.01 * 4.3027 / math.sqrt(3)) < 1e-6
+    assert abs(p - 0.0742) < 1e-4
+    assert placement.compare([1.0, 2.0], [1.0, 2.0])[3] == 1
+    assert placement.compare([1.5, 2.5], [1.0, 2.0])[3] == 0
+
+
+def test_growth_is_in_decades_per_hundred_steps() -> None:
+    apart = [10 ** (-16 + 0.02 * step) for step in range(10, 400, 10)]
+    assert abs(sensitivity.growth(apart) - 2) < 1e-9
+    # Where it is no longer small, it is left out.
+    assert abs(sensitivity.growth([*apart, 1.0, 1.0]) - 2) < 1e-9
+    assert abs(sensitivity.growth([1e-16] * 20)) < 1e-9
+    assert sensitivity.growth([1e-16, 1.0, 1.0]) == math.inf
