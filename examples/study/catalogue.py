@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from study import depth, equations, placement, rates, regularisation, scaling, shift
+from study import (
+    depth,
+    equations,
+    evaluation,
+    large_batches,
+    placement,
+    rates,
+    regularisation,
+    scaling,
+    shift,
+)
 from study.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -15,5 +25,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         rates.EXPERIMENT,
         regularisation.EXPERIMENT,
         placement.EXPERIMENT,
+        large_batches.EXPERIMENT,
+        evaluation.EXPERIMENT,
     )
 }

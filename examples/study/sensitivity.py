@@ -188,6 +188,6 @@ NOTE = (
     "blown up. The control is eps: at 0.01 the factor is at most 10. Adam adds a step of its own "
     "with batch norm before the ReLU: what is constant over a batch, as a pixel that is black in "
     "all its images, or a bias, is subtracted again, so that the gradient of its weights is "
-    "nothing but rounding, which Adam divides by its own size, or by its eps of 1e-8. Those weights "
-    "part early, to about 1e-10, and no further: nothing depends on them."
+    "nothing but rounding, which Adam divides by its own size, or by its eps of 1e-8. Those "
+    "weights part early, to about 1e-10, and no further: nothing depends on them."
 )

@@ -7,8 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from study import depth, equations, placement, rates, regularisation, scaling, sensitivity, shift
+import torch_bn
+from study import (
+    depth,
+    equations,
+    evaluation,
+    large_batches,
+    placement,
+    rates,
+    regularisation,
+    scaling,
+    sensitivity,
+    shift,
+)
 from study.experiment import Claim, Run, grid
 from study.training import ACTIVATIONS
 
@@ -191,3 +205,47 @@ def test_growth_is_in_decades_per_hundred_steps() -> None:
     assert abs(sensitivity.growth([*apart, 1.0, 1.0]) - 2) < 1e-9
     assert abs(sensitivity.growth([1e-16] * 20)) < 1e-9
     assert sensitivity.growth([1e-16, 1.0, 1.0]) == math.inf
+
+
+def large_batches_runs(ghost_seconds: float, **finals: float) -> list[Run]:
+    seconds = {"ghost": ghost_seconds}
+    return [
+        Run(s, {"final": finals[s["method"]] + 0.001 * s["seed"],
+                "seconds": seconds.get(s["method"], 10.0)})
+        for s in grid(method=large_batches.METHODS, seed=(0, 1))
+    ]  # fmt: skip
+
+
+def test_large_batches() -> None:
+    good = large_batches_runs(11.0, small=0.98, large=0.96, rate=0.965, ghost=0.975)
+    assert [c.held for c in large_batches.judge(good)] == [True] * 5
+    bad = large_batches_runs(13.0, small=0.95, large=0.96, rate=0.955, ghost=0.95)
+    assert [c.held for c in large_batches.judge(bad)] == [False] * 5
+
+
+def evaluation_runs(running: dict[tuple[int, str], float], small: float, ones: float) -> list[Run]:
+    """Large batches' statistics give 0.95, those of 2 and 4 that of `small`."""
+    sizes = [small if size <= 4 else 0.95 for size in evaluation.EVALUATED]
+    return [
+        Run(s, {"running": running.get((s["batch"], s["momentum"]), 0.95),
+                "batch_statistics": sizes, "normalised_pairs": ones})
+        for s in grid(batch=evaluation.TRAINED, momentum=evaluation.MOMENTA, seed=(0, 1))
+    ]  # fmt: skip
+
+
+def test_evaluation() -> None:
+    good = {(2, "0.1"): 0.6, (2, "0.01"): 0.8, (2, "cumulative"): 0.85}
+    assert [c.held for c in evaluation.judge(evaluation_runs(good, 0.7, 1.0))] == [True] * 5
+    bad = {(64, "0.1"): 0.96, (2, "0.1"): 0.95, (2, "0.01"): 0.94}
+    assert [c.held for c in evaluation.judge(evaluation_runs(bad, 0.94, 0.9))] == [False] * 5
+
+
+def test_batch_statistics_leave_the_running_ones_alone() -> None:
+    model = nn.Sequential(torch_bn.BatchNorm1d(2))
+    x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [5.0, 9.0], [9.0, 5.0], [0.0, 0.0]])
+    # Each pair by itself: the larger of each column is +1. Running statistics would see none.
+    labels = torch.tensor([1, 0, 1, 0, 7])
+    assert evaluation.by_batch(model, (x, labels), 2) == 1.0
+    assert model[0].track_running_stats
+    assert model[0].num_batches_tracked == 0
+    assert torch.equal(model[0].running_mean, torch.zeros(2))
