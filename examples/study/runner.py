@@ -105,16 +105,17 @@ def _make(
             pool.submit(_work, experiment.name, dict(settings)): index
             for index, (experiment, _, settings) in enumerate(missing)
         }
-        while waiting:
-            done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            if stop.requested:
-                # A run may take minutes: it is given up, not waited for.
-                pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            while waiting and not stop.requested:
+                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            if waiting:
+                # A run may take minutes: after an interruption or an error none is waited for.
                 for child in set(multiprocessing.active_children()) - others:
                     child.terminate()
-                return
-            for future in done:
-                yield waiting.pop(future), future.result()
+                pool.shutdown(cancel_futures=True)
 
 
 def _measured(experiment: Experiment, settings: Settings, data: Dataset) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -165,6 +168,21 @@ def test_workers_give_the_results_of_this_process(tmp_path: Path, digits: Datase
         assert runs is not None
         found.append([{**run.result, runner.SECONDS: 0} for run in runs[whole.name]])
     assert found[0] == found[1]
+
+
+def test_an_interruption_ends_the_workers(tmp_path: Path, digits: Dataset) -> None:
+    # By then the workers have begun to import torch or to train; many runs are left.
+    stop = Interruption()
+    timer = threading.Timer(1.0, setattr, (stop, "requested", True))
+    timer.start()
+    store = Store(tmp_path, {})
+    slow = EXPERIMENTS["shift"]
+    started = time.monotonic()
+    found = runner.run_all([slow], False, digits, store, 2, Console(quiet=True), stop)
+    assert found is None
+    # All of it would take minutes, and a run of it half of one.
+    assert time.monotonic() - started < 15
+    assert multiprocessing.active_children() == []
 
 
 def test_the_data_reach_the_workers_whole(digits: Dataset) -> None:
