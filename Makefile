@@ -2,6 +2,7 @@
 #
 #   make train DATA=DIR             on the MNIST files in DIR
 #   make train ARGS="--epochs 3"    with other arguments of examples/train_mlp.py
+#   make study                      what batch norm does, measured, with a report; ARGS="--quick" in minutes
 #   make example-cpp                the same network trained and proved by a C++ program; DATA and ARGS as above
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
@@ -13,7 +14,7 @@
 #   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
+.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
   bench-cpp lint wheel clean
 
 export VENV ?= .venv
@@ -34,6 +35,9 @@ train: setup
 	@set -e; for placement in $(PLACEMENTS); do \
 	  $(VENV)/bin/python examples/train_mlp.py --placement $$placement $(if $(DATA),--data $(DATA)) $(ARGS); \
 	done
+
+study: setup
+	@PYTHONPATH=examples $(VENV)/bin/python -m study $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: lint test-cpp test-python
 

@@ -10,7 +10,7 @@ tensor([[-1.0000,  0.0000,  1.0000],
 from __future__ import annotations
 
 from torch_bn import _onnx as _onnx
-from torch_bn import functional
+from torch_bn import diagnostics, functional
 from torch_bn._library import __version__, build_info, cmake_prefix_path
 from torch_bn.conversion import convert, revert
 from torch_bn.folding import fold
@@ -38,6 +38,7 @@ __all__ = [
     "cmake_prefix_path",
     "convert",
     "convert_sync",
+    "diagnostics",
     "fold",
     "functional",
     "lean",

@@ -54,7 +54,9 @@ class Options:
     backend: str = "gloo"
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: a whole number between the two."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -77,15 +79,8 @@ def _rate(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_mlp.py",
-        description="Train an MLP with torch_bn.BatchNorm1d, with torch.nn.BatchNorm1d and without "
-        "batch norm, and prove step by step that torch_bn computes the right thing.",
-        epilog="Exit status: 0 all proofs passed, 1 a proof failed, 2 wrong usage or data, "
-        "130 interrupted (continue with --resume).",
-    )
-    data = parser.add_argument_group("data")
+def add_data_arguments(data: argparse._ArgumentGroup) -> None:
+    """The options that say where the data are, for `mlp.data.load_dataset`."""
     data.add_argument(
         "--data",
         type=Path,
@@ -106,6 +101,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where fetched files are kept (default: the user's cache)",
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_mlp.py",
+        description="Train an MLP with torch_bn.BatchNorm1d, with torch.nn.BatchNorm1d and without "
+        "batch norm, and prove step by step that torch_bn computes the right thing.",
+        epilog="Exit status: 0 all proofs passed, 1 a proof failed, 2 wrong usage or data, "
+        "130 interrupted (continue with --resume).",
+    )
+    data = parser.add_argument_group("data")
+    add_data_arguments(data)
     data.add_argument(
         "--preprocess",
         choices=("zscore", "minmax", "unit", "none"),
@@ -127,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--epochs",
-        type=_whole(1, 100_000),
+        type=whole(1, 100_000),
         default=10,
         metavar="N",
         help="passes over the training split (default: %(default)s)",
@@ -135,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         # Batch norm has no variance to divide by when a channel has a single value.
         "--batch-size",
-        type=_whole(2, 1 << 20),
+        type=whole(2, 1 << 20),
         default=64,
         metavar="N",
         help="rows in a batch, of all processes together (default: %(default)s)",
@@ -155,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--seed",
-        type=_whole(0, 2**62),
+        type=whole(0, 2**62),
         default=0,
         metavar="N",
         help="of initial weights and batches (default: %(default)s)",
@@ -168,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--threads",
-        type=_whole(1, 1024),
+        type=whole(1, 1024),
         metavar="N",
         help="CPU threads (default: Torch's own choice)",
     )

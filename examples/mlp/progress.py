@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -12,13 +15,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mlp.training import Stage
+
+class Shown(Protocol):
+    """What a bar needs to know; a Stage knows it."""
+
+    name: str
+    title: str
+    total: int
+    position: int
+
+    def status(self) -> str: ...
 
 
 class StageProgress:
     """A bar for each stage, with what its `status` says, while the block runs."""
 
-    def __init__(self, console: Console, stages: list[Stage]) -> None:
+    def __init__(self, console: Console, stages: Sequence[Shown]) -> None:
         self._console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -43,7 +55,7 @@ class StageProgress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def stepped(self, stage: Stage, line: str | None) -> None:
+    def stepped(self, stage: Shown, line: str | None) -> None:
         self._bars.update(self._tasks[stage.name], completed=stage.position, status=stage.status())
         if line:
             # Soft wrap: a log keeps one line per epoch whatever width it is thought to have.

@@ -1,0 +1,1 @@
+"""Parts of `make study`: what batch norm does, measured, with a report."""

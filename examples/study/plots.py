@@ -1,0 +1,63 @@
+"""What the experiments' figures have in common."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: there may be no display
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from mlp.plots import STYLE
+
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
+CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The same colour for the same thing in every figure.
+WITH, WITHOUT = BLUE, RED
+
+
+def subplots(rows: int = 1, columns: int = 1, height: float = 3.8, **more: Any) -> Any:
+    """A figure and its axes, (rows, columns), in the study's style."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, columns, figsize=(9.6, height * rows), squeeze=False, **more)
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def percent(ax: Axes) -> None:
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def epochs(ax: Axes) -> None:
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def band(ax: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
+    """The mean of the curves, and a band between the extremes of the seeds."""
+    values = np.array(curves, dtype=float)
+    (line,) = ax.plot(x, values.mean(0), **style)
+    ax.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.18, lw=0)
+
+
+def embedded(figure: Figure) -> str:
+    """The figure as the address of an image that is part of the page."""
+    file = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,47 @@
+"""Results on disk: one file for each run, so that an interrupted study goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from study.experiment import Settings
+
+
+class Store:
+    """The results of runs in a folder, by everything that they depend on.
+
+    `identity` is what all runs share: the data and the versions. A run with other settings, or of
+    another identity, has another file; one that is damaged is as good as missing.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._identity = dict(identity)
+
+    def path(self, experiment: str, settings: Settings) -> Path:
+        whole = json.dumps([experiment, dict(settings), self._identity], sort_keys=True)
+        digest = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+        return self._folder / experiment / f"{digest}.json"
+
+    def load(self, experiment: str, settings: Settings) -> dict[str, Any] | None:
+        """The result of that run; None if it has not been made."""
+        try:
+            found = json.loads(self.path(experiment, settings).read_text(encoding="utf-8"))
+            same = (found["settings"], found["identity"]) == (dict(settings), self._identity)
+            result = found["result"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return result if same and isinstance(result, dict) else None
+
+    def save(self, experiment: str, settings: Settings, result: Mapping[str, Any]) -> None:
+        path = self.path(experiment, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"settings": dict(settings), "identity": self._identity, "result": dict(result)}
+        # Written beside and renamed: a reader sees all of it or nothing.
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        beside.replace(path)
