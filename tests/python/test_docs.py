@@ -9,19 +9,23 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+import torch_bn
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    str(page.relative_to(ROOT)) for folder in (ROOT, ROOT / "docs") for page in folder.glob("*.md")
+)
+# Their code runs elsewhere: in a C++ program's test, and in a group of processes.
+ELSEWHERE = ("docs/cpp.md", "docs/distributed.md")
 
 
 def blocks(page: str) -> str:
     """All Python of a page: a later block may build on an earlier one."""
-    text = (DOCS / page).read_text()
+    text = (ROOT / page).read_text()
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page) and page not in ("cpp.md", "distributed.md")]
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_the_code_of_a_page_runs(page: str) -> None:
     exec(compile(blocks(page), page, "exec"), {"__name__": page})
 
@@ -29,7 +33,7 @@ def test_the_code_of_a_page_runs(page: str) -> None:
 def test_the_code_of_distributed_runs_in_a_group_of_one() -> None:
     model = "import torch\nmodel = torch.nn.Sequential(torch.nn.BatchNorm1d(3))\n"
     train = "def train():\n    print(model, dist.get_world_size())\n"
-    code = model + train + blocks("distributed.md")
+    code = model + train + blocks("docs/distributed.md")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     done = subprocess.run(
         [*command, sys.executable, "-c", code], text=True, capture_output=True, timeout=120
@@ -40,5 +44,11 @@ def test_the_code_of_distributed_runs_in_a_group_of_one() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (DOCS / page).read_text()):
-        assert (DOCS / target).exists(), target
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_citation_is_of_this_version() -> None:
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert version[1] == torch_bn.__version__
