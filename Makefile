@@ -8,6 +8,7 @@
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
+#   make docs                       the documentation as a site, build/docs/index.html
 #   make accuracy                   the table of errors, docs/accuracy.md
 #   make bench                      time against the builtin and other peers, in ten minutes
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
@@ -15,7 +16,7 @@
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
 .PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
-  bench-cpp lint wheel clean
+  bench-cpp lint wheel docs clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -61,6 +62,9 @@ sanitize: setup
 fuzz: setup
 	@scripts/setup_tests.sh gtest
 	@scripts/fuzz.sh $(SECONDS)
+
+docs: setup
+	@scripts/docs.sh
 
 accuracy: setup
 	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
