@@ -6,15 +6,7 @@ cd "$(dirname "$0")/.."
 python=${VENV:-.venv}/bin/python
 if ! "$python" -c 'import furo, myst_parser, sphinx' 2> /dev/null; then
   echo "torch_bn: installing the documentation's requirements"
-  "$python" - << 'PYTHON' | xargs "$python" -m pip install --quiet --disable-pip-version-check
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-from pathlib import Path
-
-print(*tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"])
-PYTHON
+  "$python" scripts/extras.py docs | xargs "$python" -m pip install --quiet --disable-pip-version-check
 fi
 "$python" -m sphinx -q -W --keep-going -b html docs build/docs
 echo "torch_bn: the site begins at build/docs/index.html"

@@ -50,16 +50,7 @@ if stale "$venv/.requirements" pyproject.toml scripts/setup_env.sh; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_requirement" \
     'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.12'
   # The optional dependencies by name, because an editable install of the project itself would build it.
-  "$venv/bin/python" - > "$probe/extras.txt" << 'PYTHON'
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-from pathlib import Path
-
-extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-print("\n".join(name for extra in ("bench", "examples", "test", "lint") for name in extras[extra]))
-PYTHON
+  "$venv/bin/python" scripts/extras.py bench examples test lint > "$probe/extras.txt"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$probe/extras.txt"
   touch "$venv/.requirements"
 fi

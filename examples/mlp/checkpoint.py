@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mlp.files import written_beside
 from mlp.training import Stage, State
 from mlp.world import World
 
@@ -36,15 +37,14 @@ def save_atomically(value: object, path: Path, keep: Path | None = None) -> None
 
     The old one is kept under the name `keep`, if there is one.
     """
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        # Without it a power cut may leave the new name on an empty file.
-        os.fsync(file.fileno())
-    if keep is not None and path.exists():
-        path.replace(keep)
-    beside.replace(path)
+    with written_beside(path) as beside:
+        with beside.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            # Without it a power cut may leave the new name on an empty file.
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
 
 
 class Checkpoint:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from mlp.files import written_beside
 from mlp.free_proofs import SEEDS, FreeFloat32, FreeFloat64
 from mlp.step_proof import StepProof
 from mlp.training import BUILTIN, OURS, WITHOUT, Training
@@ -209,7 +210,6 @@ def _legend_below(figure: Figure, ax: Axes, columns: int) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png")
-    plt.close(figure)
-    beside.replace(path)
+    with written_beside(path) as beside:
+        figure.savefig(beside, format="png")
+        plt.close(figure)

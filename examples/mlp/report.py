@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from mlp.files import written_beside
 from mlp.options import Settings
 from mlp.proof import Proof
 from mlp.training import Training
@@ -95,9 +96,8 @@ def _for_json(value: Any) -> Any:
 def write_json(report: dict[str, Any], path: Path) -> None:
     """One line for each top-level key: readable, though some hold thousands of figures."""
     lines = (f"  {json.dumps(key)}: {json.dumps(_for_json(report[key]))}" for key in report)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def print_proofs(console: Console, settings: Settings, proofs: Sequence[Proof]) -> None:

@@ -122,8 +122,9 @@ def draw(run: Run) -> Any:
             values = np.array(layer[moment])[:, channel]
             ax.plot(at, values, plots.MARKERS[channel], color=colour, alpha=0.5, markersize=5,
                     label=f"channel {channel}: measured")  # fmt: skip
-            own = np.abs(np.array(layer[parameter])[:, channel])
-            own = own if parameter == "gamma" else np.array(layer[parameter])[:, channel]
+            own = np.array(layer[parameter])[:, channel]
+            if parameter == "gamma":
+                own = np.abs(own)
             ax.plot(at, own, color=colour, linewidth=1.2, label=f"channel {channel}: parameter")
         symbol = "β" if parameter == "beta" else "|γ|"
         ax.set(xlabel="step", ylabel=f"{words}, and {symbol}\n(no unit)")

@@ -93,6 +93,11 @@ class Group(dict[tuple[Any, ...], list[Run]]):
             yield key, self.results(*key, of=of)
 
 
+def of_kind(runs: Sequence[Run], kind: str) -> list[Run]:
+    """Of an experiment that makes several kinds of runs, those of one."""
+    return [run for run in runs if run.settings["kind"] == kind]
+
+
 def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 

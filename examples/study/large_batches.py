@@ -25,7 +25,7 @@ from study.experiment import (
     mean,
     spread,
 )
-from study.training import samples, score, stack, steps
+from study.training import epoch, samples, score, stack
 
 SMALL, LARGE = 128, 4096
 RATE = 0.1
@@ -67,10 +67,8 @@ def measure(settings: Settings, data: Dataset) -> Mapping[str, Any]:
     )
     batches = Batches(*train, size, seed)
     losses, accuracies = [], []
-    for epoch in range(settings["epochs"]):
-        first = epoch * batches.per_epoch
-        taken = list(steps(model, optimizer, batches, batches.per_epoch, first=first, clip=5.0))
-        losses.append(mean(taken) if math.isfinite(taken[-1]) else math.inf)
+    for number in range(settings["epochs"]):
+        losses.append(epoch(model, optimizer, batches, number, clip=5.0))
         accuracies.append(score(model, validation)[1])
         schedule.step()
     return {
@@ -141,11 +139,7 @@ def draw(runs: Sequence[Run]) -> Any:
                 markersize=4,
                 label=words,
             )
-    axes[0, 0].set(ylabel="training cross-entropy (nats)", yscale="log")
-    axes[0, 1].set_ylabel("validation accuracy")
-    for ax in axes[0]:
-        plots.epochs(ax)
-    plots.percent(axes[0, 1])
+    plots.loss_and_accuracy(*axes[0])
     plots.legend_below(figure, axes[0, 0], 2)
     return figure
 

@@ -11,7 +11,18 @@ from scipy import stats
 from mlp.data import Dataset
 from mlp.training import Batches
 from study import plots, sensitivity
-from study.experiment import Claim, Experiment, Findings, Group, Run, Settings, Table, grid, spread
+from study.experiment import (
+    Claim,
+    Experiment,
+    Findings,
+    Group,
+    Run,
+    Settings,
+    Table,
+    grid,
+    of_kind,
+    spread,
+)
 from study.training import samples, score, stack, steps
 from torch_bn.diagnostics import Recorder
 
@@ -78,12 +89,8 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, floa
     return average, float(low), float(high), float(test.pvalue)
 
 
-def training(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run.settings["kind"] == "training"]
-
-
 def judge(runs: Sequence[Run]) -> list[Claim]:
-    groups = Group(training(runs), "network", "variant")
+    groups = Group(of_kind(runs, "training"), "network", "variant")
     claims = []
     for network in NETWORKS:
         found = {
@@ -140,14 +147,12 @@ def judge(runs: Sequence[Run]) -> list[Claim]:
             worst <= ZERO,
         )
     )
-    return claims + sensitivity.judge(
-        [run for run in runs if run.settings["kind"] == "sensitivity"]
-    )
+    return claims + sensitivity.judge(of_kind(runs, "sensitivity"))
 
 
 def draw(runs: Sequence[Run]) -> Any:
     figure, axes = plots.subplots(1, len(NETWORKS))
-    groups = Group(training(runs), "network", "variant")
+    groups = Group(of_kind(runs, "training"), "network", "variant")
     for ax, network in zip(axes[0], NETWORKS, strict=True):
         for place, variant in enumerate(VARIANTS):
             values = groups.results(network, variant, of="accuracy")
@@ -163,8 +168,8 @@ def draw(runs: Sequence[Run]) -> Any:
 
 
 def findings(runs: Sequence[Run]) -> Findings:
-    groups = Group(training(runs), "network", "variant")
-    others = [run for run in runs if run.settings["kind"] == "sensitivity"]
+    groups = Group(of_kind(runs, "training"), "network", "variant")
+    others = of_kind(runs, "sensitivity")
     rows = [
         [f"{network}, {variant}", spread(values)]
         for (network, variant), values in groups.each("accuracy")

@@ -42,9 +42,14 @@ def percent(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def epochs(ax: Axes) -> None:
-    ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def loss_and_accuracy(loss: Axes, accuracy: Axes) -> None:
+    """Titles and scales of two axes with curves over the epochs."""
+    loss.set(ylabel="training cross-entropy (nats)", yscale="log")
+    accuracy.set_ylabel("validation accuracy")
+    percent(accuracy)
+    for ax in (loss, accuracy):
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def band(ax: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:

@@ -23,6 +23,7 @@ from study.experiment import (
     Table,
     grid,
     mean,
+    of_kind,
     spread,
 )
 from study.training import samples, score, stack, steps
@@ -101,10 +102,6 @@ def slope(runs: Sequence[Run]) -> float:
     """The power of the batch size that the noise of the mean goes by."""
     points = [(math.log(run.settings["batch"]), math.log(run.result["mean"])) for run in runs]
     return float(np.polyfit(*np.array(points).T, 1)[0])
-
-
-def of_kind(runs: Sequence[Run], kind: str) -> list[Run]:
-    return [run for run in runs if run.settings["kind"] == kind]
 
 
 def judge(runs: Sequence[Run]) -> list[Claim]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mlp.files import written_beside
 from study.experiment import Experiment, Findings, Run
 from study.plots import embedded
 from study.runner import SECONDS
@@ -54,6 +55,5 @@ def write(
     page = templates.get_template("report.html").render(
         sections=sections, facts=facts, quick=quick, held=count[True], fell=count[False]
     )
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text(page, encoding="utf-8")

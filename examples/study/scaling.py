@@ -15,7 +15,7 @@ from mlp.model import build_mlp, generator
 from mlp.training import Batches
 from study import plots
 from study.experiment import Claim, Experiment, Findings, Group, Run, Settings, Table, grid, mean
-from study.training import Samples, samples, score, stack, steps
+from study.training import Samples, epoch, samples, score, stack
 
 MODES = ("zscore", "minmax", "unit", "none")
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -70,10 +70,8 @@ def measure(settings: Settings, data: Dataset) -> Mapping[str, Any]:
     batches = Batches(*train, BATCH, seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings["rate"])
     curves: dict[str, list[float]] = {"loss": [], "validation": [], "accuracy": []}
-    for epoch in range(settings["epochs"]):
-        first = epoch * batches.per_epoch
-        losses = list(steps(model, optimizer, batches, batches.per_epoch, first=first))
-        loss = mean(losses) if math.isfinite(losses[-1]) else math.inf
+    for number in range(settings["epochs"]):
+        loss = epoch(model, optimizer, batches, number)
         for name, value in zip(curves, (loss, *score(model, validation)), strict=True):
             curves[name].append(value)
         if not math.isfinite(loss):
@@ -159,11 +157,7 @@ def draw(runs: Sequence[Run], data: str) -> Any:
                     ax, range(1, len(curves[0]) + 1), curves, color=colour, linestyle=dash,
                     marker=marker, markersize=4, label=f"{mode}{words} (rate {rate:g})",
                 )  # fmt: skip
-    axes[0, 0].set(ylabel="training cross-entropy (nats)", yscale="log")
-    axes[0, 1].set_ylabel("validation accuracy")
-    for ax in axes[0]:
-        plots.epochs(ax)
-    plots.percent(axes[0, 1])
+    plots.loss_and_accuracy(*axes[0])
     plots.legend_below(figure, axes[0, 0], 4)
     what = "images" if data == "images" else "trips (miles and hours)"
     figure.suptitle(f"Scaling of {what}, each at its best learning rate")

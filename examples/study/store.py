@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlp.files import written_beside
 from study.experiment import Settings
 
 
@@ -41,7 +42,5 @@ class Store:
         path = self.path(experiment, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {"settings": dict(settings), "identity": self._identity, "result": dict(result)}
-        # Written beside and renamed: a reader sees all of it or nothing.
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        beside.replace(path)
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch_bn
 from mlp.data import Dataset, Preprocessor
 from mlp.model import generator
 from mlp.training import Batches, evaluate
+from study.experiment import mean
 
 Samples = tuple[Tensor, Tensor]
 """Inputs (n, features) and labels (n,)."""
@@ -127,6 +128,19 @@ def steps(
         if not math.isfinite(value):
             return
         optimizer.step()
+
+
+def epoch(
+    model: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    number: int,
+    clip: float | None = None,
+) -> float:
+    """Take the steps of an epoch, counted from 0; the mean loss, infinite if it has overflowed."""
+    first, count = number * batches.per_epoch, batches.per_epoch
+    losses = list(steps(model, optimizer, batches, count, first=first, clip=clip))
+    return mean(losses) if math.isfinite(losses[-1]) else math.inf
 
 
 def score(model: nn.Sequential, of: Samples) -> tuple[float, float]:

@@ -123,6 +123,34 @@ struct Problem {
         bias(draw(static_cast<std::size_t>(s.c), 0, 1, 4)) {}
   Problem(Shape s, double mean, double std) : Problem(s, mean, std, normal<T>) {}
 
+  // The arguments of a call for all or some of the rows, but for the arrays.
+  ForwardArgs forward_args(const Shape& rows, int threads) const {
+    ForwardArgs args{};
+    args.shape = rows;
+    args.dtype = args.param_dtype = dtype_of<T>;
+    args.relu = relu;
+    args.training = true;
+    args.weight = {const_cast<T*>(weight.data()), 1};
+    args.bias = {const_cast<T*>(bias.data()), 1};
+    args.momentum = momentum;
+    args.eps = eps;
+    args.threads = threads;
+    args.stream_from = stream_from;
+    return args;
+  }
+  BackwardArgs backward_args(const Shape& rows, int threads) const {
+    BackwardArgs args{};
+    args.shape = rows;
+    args.dtype = args.param_dtype = dtype_of<T>;
+    args.relu = relu;
+    args.training = true;
+    args.weight = {const_cast<T*>(weight.data()), 1};
+    args.bias = {const_cast<T*>(bias.data()), 1};
+    args.threads = threads;
+    args.stream_from = stream_from;
+    return args;
+  }
+
   // Forward in training and backward.
   Results<T> run(const KernelTable& table, int threads = 1, Layout layout = Layout::contiguous,
                  bool training = true) {
@@ -140,44 +168,28 @@ struct Problem {
     r.mean.resize(c);
     r.invstd.resize(c);
     std::vector<double> scratch(forward_scratch(shape));
-    ForwardArgs forward{};
-    forward.shape = shape;
-    forward.dtype = forward.param_dtype = dtype_of<T>;
-    forward.relu = relu;
+    ForwardArgs forward = forward_args(shape, threads);
     forward.training = training;
     forward.input = input.view;
     forward.output = r.output.data();
-    forward.weight = {weight.data(), 1};
-    forward.bias = {bias.data(), 1};
     forward.running_mean = {r.running_mean.data(), 1};
     forward.running_var = {r.running_var.data(), 1};
-    forward.momentum = momentum;
-    forward.eps = eps;
     forward.mean = r.mean.data();
     forward.invstd = r.invstd.data();
     forward.scratch = scratch.data();
-    forward.threads = threads;
-    forward.stream_from = stream_from;
     table.forward(forward);
 
     scratch.assign(backward_scratch(shape), 0);
-    BackwardArgs backward{};
-    backward.shape = shape;
-    backward.dtype = backward.param_dtype = dtype_of<T>;
-    backward.relu = relu;
+    BackwardArgs backward = backward_args(shape, threads);
     backward.training = training;
     backward.grad_output = grad_output.view;
     backward.input = input.view;
-    backward.weight = {weight.data(), 1};
-    backward.bias = {bias.data(), 1};
     backward.mean = r.mean.data();
     backward.invstd = r.invstd.data();
     backward.grad_input = r.grad_input.data();
     backward.grad_weight = r.grad_weight.data();
     backward.grad_bias = r.grad_bias.data();
     backward.scratch = scratch.data();
-    backward.threads = threads;
-    backward.stream_from = stream_from;
     table.backward(backward);
     return r;
   }

@@ -59,9 +59,8 @@ class SharedRun {
       args.output = r.output.data() + share.begin;
       args.running_mean = {r.running_mean[p].data(), 1};
       args.running_var = {r.running_var[p].data(), 1};
-      const auto stride = static_cast<int64_t>(width_);
       kernels_.normalise(
-          args, Parts{processes(), stride, parts_.data(), parts_.data() + 1, parts_.data() + 1 + channels_});
+          args, Parts{processes(), width_, parts_.data(), parts_.data() + 1, parts_.data() + 1 + channels_});
       r.mean.push_back(share.mean);
       r.invstd.push_back(share.invstd);
     }
@@ -120,41 +119,23 @@ class SharedRun {
   }
 
   ForwardArgs forward(Share& share) {
-    ForwardArgs args{};
-    args.shape = share.shape;
-    args.dtype = args.param_dtype = dtype_of<T>;
-    args.relu = problem_.relu;
-    args.training = true;
+    ForwardArgs args = problem_.forward_args(share.shape, threads_);
     args.input = share.input.view;
-    args.weight = {const_cast<T*>(problem_.weight.data()), 1};
-    args.bias = {const_cast<T*>(problem_.bias.data()), 1};
-    args.momentum = problem_.momentum;
-    args.eps = problem_.eps;
     args.mean = share.mean.data();
     args.invstd = share.invstd.data();
     share.scratch.assign(forward_scratch({std::max<int64_t>(share.shape.n, 1), share.shape.c, share.shape.l}), 0);
     args.scratch = share.scratch.data();
-    args.threads = threads_;
-    args.stream_from = problem_.stream_from;
     return args;
   }
 
   BackwardArgs backward(Share& share) {
-    BackwardArgs args{};
-    args.shape = share.shape;
-    args.dtype = args.param_dtype = dtype_of<T>;
-    args.relu = problem_.relu;
-    args.training = true;
+    BackwardArgs args = problem_.backward_args(share.shape, threads_);
     args.grad_output = share.grad_output.view;
     args.input = share.input.view;
-    args.weight = {const_cast<T*>(problem_.weight.data()), 1};
-    args.bias = {const_cast<T*>(problem_.bias.data()), 1};
     args.mean = share.mean.data();
     args.invstd = share.invstd.data();
     share.scratch.assign(backward_scratch(share.shape), 0);
     args.scratch = share.scratch.data();
-    args.threads = threads_;
-    args.stream_from = problem_.stream_from;
     return args;
   }
 

@@ -108,60 +108,78 @@ struct Result {
   std::vector<double> mean, invstd;
 };
 
+inline ChannelView view_of(bool given, const std::vector<std::uint8_t>& values) {
+  return {given ? const_cast<std::uint8_t*>(values.data()) : nullptr, 1};
+}
+
+// The arguments of a call for all or some of a case's rows, but for what it writes to besides the statistics.
+inline ForwardArgs forward_args(const Case& c, const Shape& shape, Result& r, int threads) {
+  ForwardArgs args{};
+  args.shape = shape;
+  args.dtype = c.dtype;
+  args.param_dtype = c.param_dtype;
+  args.relu = c.relu;
+  args.training = c.training;
+  args.weight = view_of(c.has_weight, c.weight);
+  args.bias = view_of(c.has_bias, c.bias);
+  args.running_mean = view_of(c.has_running, r.running_mean);
+  args.running_var = view_of(c.has_running, r.running_var);
+  args.momentum = c.momentum;
+  args.eps = c.eps;
+  args.mean = r.mean.data();
+  args.invstd = r.invstd.data();
+  args.threads = threads;
+  return args;
+}
+
+inline BackwardArgs backward_args(const Case& c, const Shape& shape, const Result& r, int threads) {
+  BackwardArgs args{};
+  args.shape = shape;
+  args.dtype = c.dtype;
+  args.param_dtype = c.param_dtype;
+  args.relu = c.relu;
+  args.training = c.training;
+  args.weight = view_of(c.has_weight, c.weight);
+  args.bias = view_of(c.has_bias, c.bias);
+  args.mean = r.mean.data();
+  args.invstd = r.invstd.data();
+  args.threads = threads;
+  return args;
+}
+
+// Room for the statistics, and the running ones as they are before the call.
+inline Result before_the_call(const Case& c) {
+  Result r;
+  r.running_mean = c.running_mean;
+  r.running_var = c.running_var;
+  r.mean.resize(static_cast<std::size_t>(c.shape.c));
+  r.invstd.resize(r.mean.size());
+  return r;
+}
+
 inline Result run(const Case& c, Array& input, Array& grad_output, const KernelTable& table, int threads) {
   const auto channels = static_cast<std::size_t>(c.shape.c);
   const auto count = static_cast<std::size_t>(c.shape.n * c.shape.l) * channels;
-  Result r;
+  Result r = before_the_call(c);
   r.output.resize(count * size_of(c.dtype));
   r.grad_input.resize(r.output.size());
   r.grad_weight.resize(channels * size_of(c.param_dtype));
   r.grad_bias.resize(r.grad_weight.size());
-  r.running_mean = c.running_mean;
-  r.running_var = c.running_var;
-  r.mean.resize(channels);
-  r.invstd.resize(channels);
-  auto view = [](bool given, const std::vector<std::uint8_t>& values) {
-    return ChannelView{given ? const_cast<std::uint8_t*>(values.data()) : nullptr, 1};
-  };
   std::vector<double> scratch(forward_scratch(c.shape));
-  ForwardArgs forward{};
-  forward.shape = c.shape;
-  forward.dtype = c.dtype;
-  forward.param_dtype = c.param_dtype;
-  forward.relu = c.relu;
-  forward.training = c.training;
+  ForwardArgs forward = forward_args(c, c.shape, r, threads);
   forward.input = input.view();
   forward.output = r.output.data();
-  forward.weight = view(c.has_weight, c.weight);
-  forward.bias = view(c.has_bias, c.bias);
-  forward.running_mean = view(c.has_running, r.running_mean);
-  forward.running_var = view(c.has_running, r.running_var);
-  forward.momentum = c.momentum;
-  forward.eps = c.eps;
-  forward.mean = r.mean.data();
-  forward.invstd = r.invstd.data();
   forward.scratch = scratch.data();
-  forward.threads = threads;
   table.forward(forward);
 
   std::vector<double> backward_memory(backward_scratch(c.shape));
-  BackwardArgs backward{};
-  backward.shape = c.shape;
-  backward.dtype = c.dtype;
-  backward.param_dtype = c.param_dtype;
-  backward.relu = c.relu;
-  backward.training = c.training;
+  BackwardArgs backward = backward_args(c, c.shape, r, threads);
   backward.grad_output = grad_output.view();
   backward.input = input.view();
-  backward.weight = view(c.has_weight, c.weight);
-  backward.bias = view(c.has_bias, c.bias);
-  backward.mean = r.mean.data();
-  backward.invstd = r.invstd.data();
   backward.grad_input = c.wants[0] ? r.grad_input.data() : nullptr;
   backward.grad_weight = c.wants[1] ? r.grad_weight.data() : nullptr;
   backward.grad_bias = c.wants[2] ? r.grad_bias.data() : nullptr;
   backward.scratch = backward_memory.data();
-  backward.threads = threads;
   table.backward(backward);
   return r;
 }

@@ -15,10 +15,7 @@ inline Result run_in_shares(const Case& c, std::int64_t first_rows, Array& input
   const auto width = 1 + 2 * channels;
   const std::int64_t begins[] = {0, first_rows, c.shape.n};
   const auto count = static_cast<std::size_t>(c.shape.n * c.shape.l) * channels;
-  const auto view = [](bool given, const std::vector<std::uint8_t>& values) {
-    return ChannelView{given ? const_cast<std::uint8_t*>(values.data()) : nullptr, 1};
-  };
-  Result results[kProcesses];
+  Result results[kProcesses] = {before_the_call(c), before_the_call(c)};
   std::vector<std::uint8_t> output(count * size_of(c.dtype));
   std::vector<std::uint8_t> grad_input(output.size());
   const auto shape_of = [&](int p) { return Shape{begins[p + 1] - begins[p], c.shape.c, c.shape.l}; };
@@ -27,54 +24,25 @@ inline Result run_in_shares(const Case& c, std::int64_t first_rows, Array& input
   };
   std::vector<double> scratch;
   const auto forward = [&](int p) {
-    Result& r = results[p];
-    ForwardArgs args{};
-    args.shape = shape_of(p);
-    args.dtype = c.dtype;
-    args.param_dtype = c.param_dtype;
-    args.relu = c.relu;
-    args.training = true;
+    ForwardArgs args = forward_args(c, shape_of(p), results[p], threads);
     if (args.shape.n > 0) args.input = input.view_from(begins[p]);
     args.output = output.data() + offset(p);
-    args.weight = view(c.has_weight, c.weight);
-    args.bias = view(c.has_bias, c.bias);
-    args.running_mean = view(c.has_running, r.running_mean);
-    args.running_var = view(c.has_running, r.running_var);
-    args.momentum = c.momentum;
-    args.eps = c.eps;
-    args.mean = r.mean.data();
-    args.invstd = r.invstd.data();
     scratch.assign(forward_scratch({std::max<std::int64_t>(args.shape.n, 1), c.shape.c, c.shape.l}), 0);
     args.scratch = scratch.data();
-    args.threads = threads;
     return args;
   };
   const auto backward = [&](int p) {
-    BackwardArgs args{};
-    args.shape = shape_of(p);
-    args.dtype = c.dtype;
-    args.param_dtype = c.param_dtype;
-    args.relu = c.relu;
-    args.training = true;
+    BackwardArgs args = backward_args(c, shape_of(p), results[p], threads);
     args.grad_output = grad_output.view_from(begins[p]);
     args.input = input.view_from(begins[p]);
-    args.weight = view(c.has_weight, c.weight);
-    args.bias = view(c.has_bias, c.bias);
-    args.mean = results[p].mean.data();
-    args.invstd = results[p].invstd.data();
     args.grad_input = grad_input.data() + offset(p);
     scratch.assign(backward_scratch(args.shape), 0);
     args.scratch = scratch.data();
-    args.threads = threads;
     return args;
   };
 
   std::vector<double> parts(kProcesses * width);
   for (int p = 0; p < kProcesses; ++p) {
-    results[p].running_mean = c.running_mean;
-    results[p].running_var = c.running_var;
-    results[p].mean.resize(channels);
-    results[p].invstd.resize(channels);
     double* part = &parts[static_cast<std::size_t>(p) * width];
     part[0] = static_cast<double>(shape_of(p).n * c.shape.l);
     if (part[0] > 0) table.sync->moments(forward(p), part + 1, part + 1 + channels);

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,14 +76,7 @@ def test_a_second_run() -> None:
     assert json.loads(start().stdout)["digests"] == digests_of()[1]
 
 
-@pytest.fixture
-def _restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize(
     "shape", [(2, 9), (64, 300), (1031, 77), (70_001, 3), (6, 40, 129)], ids=str
 )
@@ -146,7 +138,7 @@ def test_channels_last_of_short_lines(layout: str, training: bool) -> None:
     check_layout((6, 40, 31), CHANNELS_LAST[layout], training)
 
 
-@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("layout", CHANNELS_LAST)
 def test_channels_last_of_long_lines(layout: str) -> None:
     """Another order of the sums, the same on every number of threads."""
