@@ -12,18 +12,13 @@ from __future__ import annotations
 from torch_bn import _onnx as _onnx
 from torch_bn import diagnostics, functional
 from torch_bn._library import __version__, build_info, cmake_prefix_path
-from torch_bn.conversion import convert, revert
+from torch_bn.conversion import convert, convert_sync, revert
 from torch_bn.folding import fold
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.lean import lean
 from torch_bn.modules import BatchNorm1d
-from torch_bn.sync import (
-    SyncBatchNorm1d,
-    SyncBatchNormReLU1d,
-    SyncReLUBatchNorm1d,
-    convert_sync,
-)
+from torch_bn.sync import SyncBatchNorm1d, SyncBatchNormReLU1d, SyncReLUBatchNorm1d
 
 __all__ = [
     "BatchNorm1d",

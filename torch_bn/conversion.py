@@ -28,8 +28,9 @@ from torch_bn._pairs import Flows, names
 from torch_bn.folding import is_folded
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
+from torch_bn.sync import ALONE, SyncBatchNorm1d, forget_others
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "convert_sync", "revert"]
 
 _Class: TypeAlias = type[Any]
 
@@ -37,7 +38,14 @@ _OURS: dict[_Class, _Class] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.LazyBatchNorm1d: LazyBatchNorm1d,
 }
-_TORCHS: dict[_Class, _Class] = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCHS: dict[_Class, _Class] = {
+    **{ours: theirs for theirs, ours in _OURS.items()},
+    SyncBatchNorm1d: torch.nn.BatchNorm1d,
+}
+_SYNCHRONISED: dict[_Class, _Class] = {
+    torch.nn.BatchNorm1d: SyncBatchNorm1d,
+    **{alone: sync for sync, alone in ALONE.items()},
+}
 
 
 def convert(
@@ -127,7 +135,9 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
 
     What ``convert(fuse=True)`` has made one layer becomes two again, if both places are in the
     model. A fused layer that was written as such is left alone: torch.nn has no layer for it, and
-    two would need another name in the model. Dropped biases do not come back.
+    two would need another name in the model. Dropped biases do not come back. A
+    :class:`torch_bn.SyncBatchNorm1d` becomes a :class:`torch.nn.BatchNorm1d` too, the layer of one
+    process.
 
     Tools that match classes exactly, such as the fusions of ``torch.ao.quantization``, see a model
     of torch's own layers then. Changed in place, as by :func:`convert`. Layers with an option that
@@ -160,6 +170,7 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
             "this model, or a part of it, comes from torch_bn.fold, and folding cannot be undone: "
             "batch norms are in the weights of other layers. Revert the model it was made from"
         )
+    synchronised = [each for each in model.modules() if isinstance(each, SyncBatchNorm1d)]
     unfuse_pairs(model, names(model), [] if report is None else report)
 
     def torchs(cls: _Class) -> _Class | None:
@@ -176,7 +187,57 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
     def derived(cls: _Class) -> bool:
         return issubclass(cls, tuple(_TORCHS))
 
-    return _change_classes(model, torchs, derived, report)
+    _change_classes(model, torchs, derived, report)
+    for layer in synchronised:
+        if not isinstance(layer, SyncBatchNorm1d):
+            forget_others(layer)
+    return model
+
+
+def convert_sync(model: Module, process_group: Any = None) -> Module:
+    """Make every 1-D batch norm of a model a :class:`torch_bn.SyncBatchNorm1d`.
+
+    That is every :class:`torch.nn.BatchNorm1d`, :class:`torch_bn.BatchNorm1d` and
+    :class:`torch_bn.SyncBatchNorm1d`; a :class:`torch_bn.BatchNormReLU1d` becomes a
+    :class:`torch_bn.SyncBatchNormReLU1d`, a :class:`torch_bn.ReLUBatchNorm1d` a
+    :class:`torch_bn.SyncReLUBatchNorm1d`. Parametrised layers stay parametrised, and layers of
+    other derived classes are left alone. The model is changed in place, layer by layer in their
+    class alone, and may itself be such a layer. Call it before
+    :class:`torch.nn.parallel.DistributedDataParallel`, in all processes.
+
+    Args:
+        model: any module.
+        process_group: the processes whose batches belong together; all of them when None.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: for a lazy layer that does not know its number of channels yet, and for one with
+            an option that SyncBatchNorm1d has not.
+
+    Example:
+        >>> import torch, torch_bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> type(torch_bn.convert_sync(model)[1]) is torch_bn.SyncBatchNorm1d
+        True
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LazyBatchNorm1d):
+            raise ValueError(
+                f"the layer '{name}' does not know its number of channels yet: convert the model "
+                "after its first forward"
+            )
+        if isinstance(module, BatchNorm1d) and own_option(module) is not None:
+            raise ValueError(
+                f"the layer '{name}' has {own_option(module)}, which SyncBatchNorm1d has not"
+            )
+    _change_classes(model, _SYNCHRONISED.get, lambda cls: False, None)
+    for name, module in model.named_modules():
+        if isinstance(module, SyncBatchNorm1d):
+            module.process_group = process_group
+            module._sync_name = name
+    return model
 
 
 def _change_classes(
@@ -213,7 +274,7 @@ def _change_classes(
 
 
 def _name(cls: _Class) -> str:
-    if cls in _OURS or cls in _TORCHS or cls in FUSED:
+    if cls in _OURS or cls in _TORCHS or cls in FUSED or cls in ALONE:
         return class_name(cls)
     if _adapted_from(cls) is not None:
         return f"{cls.__qualname__} on torch_bn"

@@ -21,13 +21,13 @@ from torch_bn._affine import Affine1d, AffineReLU1d, ReLUAffine1d
 from torch_bn._fuse import FusedReLU, class_name
 from torch_bn._pairs import HOOKS, Flows, source
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
-from torch_bn.modules import BatchNorm1d
+from torch_bn.sync import ALONE
 
 __all__ = ["fold", "is_folded"]
 
 _Dense: TypeAlias = Linear | Conv1d
 
-_NORMS = (nn.BatchNorm1d, BatchNorm1d, BatchNormReLU1d, ReLUBatchNorm1d)
+_NORMS = (nn.BatchNorm1d, *ALONE.values(), *ALONE)
 _ANY_NORM = (nn.BatchNorm1d, nn.LazyBatchNorm1d)
 _IDENTITIES = (nn.Identity, FusedReLU, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)
 _AFFINES: dict[type[Any], type[Affine1d]] = {
@@ -45,6 +45,9 @@ def fold(model: Module, *, report: list[str] | None = None) -> Module:
     Identity in between count as nothing, Flatten as what it is. The ReLU of a fused layer stays, as
     an ``nn.ReLU``. Everything is computed in float64 and rounded once. Neighbours are found as by
     :func:`convert`; a Linear is taken to be fed (N, C).
+
+    Layers that were trained in several processes, :class:`torch_bn.SyncBatchNorm1d` and the fused
+    ones, are folded as those of one.
 
     The copy is in evaluation. ``train()`` brings back its dropouts, but no batch statistics.
 
@@ -212,7 +215,7 @@ class _Folding:
 
     def _become_affine(self, norm: Any) -> None:
         plain = parametrize.type_before_parametrizations(norm)
-        kind = _AFFINES.get(plain, Affine1d)
+        kind = _AFFINES.get(ALONE.get(plain, plain), Affine1d)
         scale, shift = _scale_and_shift(norm)
         # 16-bit parameters would lose digits that a 16-bit result still shows.
         dtype = norm.running_mean.dtype

@@ -9,15 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Module
 
 from torch_bn import _serve
-from torch_bn._fuse import own_option
-from torch_bn.conversion import _change_classes
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
-__all__ = ["SyncBatchNorm1d", "SyncBatchNormReLU1d", "SyncReLUBatchNorm1d", "convert_sync"]
+__all__ = ["SyncBatchNorm1d", "SyncBatchNormReLU1d", "SyncReLUBatchNorm1d"]
 
 _ProcessGroup: TypeAlias = Any  # dist.ProcessGroup, which torch does not always have
 
@@ -212,55 +209,15 @@ def _checks_every_call() -> bool:
     return os.environ.get("TORCH_BN_SYNC_DEBUG", "") not in ("", "0")
 
 
-def convert_sync(model: Module, process_group: _ProcessGroup | None = None) -> Module:
-    """Make every 1-D batch norm of a model a :class:`torch_bn.SyncBatchNorm1d`.
-
-    That is every :class:`torch.nn.BatchNorm1d`, :class:`torch_bn.BatchNorm1d` and
-    :class:`torch_bn.SyncBatchNorm1d`; a :class:`torch_bn.BatchNormReLU1d` becomes a
-    :class:`torch_bn.SyncBatchNormReLU1d`, a :class:`torch_bn.ReLUBatchNorm1d` a
-    :class:`torch_bn.SyncReLUBatchNorm1d`. Parametrised layers stay parametrised, and layers of
-    other derived classes are left alone. The model is changed in place, layer by layer in their
-    class alone, and may itself be such a layer. Call it before
-    :class:`torch.nn.parallel.DistributedDataParallel`, in all processes.
-
-    Args:
-        model: any module.
-        process_group: the processes whose batches belong together; all of them when None.
-
-    Returns:
-        ``model``, the same object.
-
-    Raises:
-        ValueError: for a lazy layer that does not know its number of channels yet, and for one with
-            an option that SyncBatchNorm1d has not.
-
-    Example:
-        >>> import torch, torch_bn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-        >>> type(torch_bn.convert_sync(model)[1]) is torch_bn.SyncBatchNorm1d
-        True
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.LazyBatchNorm1d):
-            raise ValueError(
-                f"the layer '{name}' does not know its number of channels yet: convert the model "
-                "after its first forward"
-            )
-        if isinstance(module, BatchNorm1d) and own_option(module) is not None:
-            raise ValueError(
-                f"the layer '{name}' has {own_option(module)}, which SyncBatchNorm1d has not"
-            )
-    _change_classes(model, _SYNCHRONISED.get, lambda cls: False, None)
-    for name, module in model.named_modules():
-        if isinstance(module, SyncBatchNorm1d):
-            module.process_group = process_group
-            module._sync_name = name
-    return model
-
-
-_SYNCHRONISED: dict[type[Any], type[Any]] = {
-    torch.nn.BatchNorm1d: SyncBatchNorm1d,
-    BatchNorm1d: SyncBatchNorm1d,
-    BatchNormReLU1d: SyncBatchNormReLU1d,
-    ReLUBatchNorm1d: SyncReLUBatchNorm1d,
+# The layers of several processes and those of one.
+ALONE: dict[type[Any], type[Any]] = {
+    SyncBatchNorm1d: BatchNorm1d,
+    SyncBatchNormReLU1d: BatchNormReLU1d,
+    SyncReLUBatchNorm1d: ReLUBatchNorm1d,
 }
+
+
+def forget_others(layer: Any) -> None:
+    """Take from a layer what only those of several processes have, after a change of its class."""
+    for name in ("_group_name", "_sync_name", "_agreed_with"):
+        vars(layer).pop(name, None)

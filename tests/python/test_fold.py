@@ -338,3 +338,18 @@ def test_a_ghost_batch_norm_is_folded_as_any_other() -> None:
     folded = torch_bn.fold(model)
     assert not any(isinstance(each, nn.BatchNorm1d) for each in folded.modules())
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_several_processes_are_folded_as_those_of_one() -> None:
+    fused = nn.Sequential(nn.Linear(3, C), torch_bn.BatchNormReLU1d(C), nn.Linear(C, C))
+    model = torch_bn.convert_sync(
+        nn.Sequential(*fused, nn.BatchNorm1d(C), nn.Tanh(), torch_bn.ReLUBatchNorm1d(C), nn.Tanh())
+    )
+    folded, report = agree(model, 6, 3)
+    assert names(folded)[1] == "ReLU"
+    assert names(folded)[3:6] == ["Identity", "Tanh", "ReLUAffine1d"]
+    assert report == [
+        "1: torch_bn.SyncBatchNormReLU1d folded into 0, its ReLU stays",
+        "3: torch_bn.SyncBatchNorm1d folded into 2",
+        "5: torch_bn.SyncReLUBatchNorm1d made a multiply-add",
+    ]

@@ -322,3 +322,27 @@ def test_converting() -> None:
 def test_layers_that_cannot_be_synchronised_are_refused(layer: torch.nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         torch_bn.convert_sync(torch.nn.Sequential(layer))
+
+
+def test_a_trained_model_goes_back_to_torchs_layers() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    written = torch_bn.SyncReLUBatchNorm1d(4)
+    model = torch_bn.convert_sync(torch_bn.convert(model, fuse=True).append(written))
+    model(torch.randn(8, 3) * 5)
+    state, x, report = model.state_dict(), torch.randn(6, 3), []
+    want = model.eval()(x)
+    assert torch_bn.revert(model, report=report) is model
+    assert [type(model[i]) for i in (1, 2)] == [torch.nn.BatchNorm1d, torch.nn.ReLU]
+    assert model[3] is written
+    assert report == [
+        "1 + 2: torch_bn.SyncBatchNormReLU1d -> torch.nn.BatchNorm1d + torch.nn.ReLU",
+        "3: torch_bn.SyncReLUBatchNorm1d left alone, torch.nn has no such layer",
+    ]
+    assert vars(model[1]).keys() == vars(torch.nn.BatchNorm1d(4)).keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # The builtin multiplies by scale and adds a shift: a few roundings of numbers of order one.
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-6)
+    alone = torch_bn.convert_sync(torch.nn.BatchNorm1d(4))
+    assert type(torch_bn.revert(alone)) is torch.nn.BatchNorm1d
+    assert vars(alone).keys() == vars(model[1]).keys()
