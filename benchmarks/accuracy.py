@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 
 import torch_bn
+from accuracy_peers import compare
 from accuracy_report import draw, markdown, print_tables
 from errors import QUANTITIES, Problem, errors, make_problem, mean_over_std, run
 
@@ -165,13 +166,14 @@ def main(argv: list[str] | None = None) -> int:
         for row in measure(*case)
     ]
     special = special_cases()
-    print_tables(rows, special)
+    others = compare(options.quick)
+    print_tables(rows, special, others)
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, options.out / "accuracy.csv")
     draw(rows, options.out / "accuracy.png")
     if options.docs:
         draw(rows, options.docs / "accuracy.png")
-        (options.docs / "accuracy.md").write_text(markdown(rows, special))
+        (options.docs / "accuracy.md").write_text(markdown(rows, special, others))
     print(f"figures and plot: {options.out}/accuracy.csv, {options.out}/accuracy.png")
     return 0 if all(row.holds for row in rows) else 1
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torch_bn
+from accuracy_peers import HEADING, THREADS
 from errors import QUANTITIES
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def verdict(rows: Sequence[Row]) -> str:
     return f"{len(failing)} of {len(rows)} figures are beyond their bounds: {failing[0]}"
 
 
-def print_tables(rows: Sequence[Row], special: Sequence[tuple[str, str, str]]) -> None:
+def print_tables(
+    rows: Sequence[Row], special: Sequence[tuple[str, str, str]], others: Sequence[Sequence[str]]
+) -> None:
     """The summary, on the terminal."""
     console = Console()
     if not console.is_terminal:
@@ -81,12 +84,16 @@ def print_tables(rows: Sequence[Row], special: Sequence[tuple[str, str, str]]) -
         for line in _grid(_float32(rows), by):
             table.add_row(*line)
         console.print(table)
-    table = Table(title="data at the ends of float32")
-    for heading in ("data", "ours", "builtin"):
-        table.add_column(heading)
-    for line in special:
-        table.add_row(*line)
-    console.print(table)
+    for title, headings, lines in (
+        ("data at the ends of float32", ("data", "ours", "builtin"), special),
+        ("float32: error of y in training", HEADING, others),
+    ):
+        table = Table(title=title)
+        for heading in headings:
+            table.add_column(heading)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
     ours, builtin = _relative_to_bound(_float64(rows))
     console.print(
         f"float64, against long double: ours at most {ours:.2f} of 1e-14 (1 + |mean|/std), "
@@ -113,7 +120,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     right.set_xlabel("rows")
     for axes in (left, right):
         axes.set_yscale("log")
-        axes.set_ylim(top=3e3)  # room for the legend
+        axes.set_ylim(1.5e-8, 3e3)  # room for the words below the line, and for the legend
         axes.axhline(2.0**-24, color="0.6", lw=1, zorder=0)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, ncols=2, loc="upper center")
@@ -122,7 +129,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         (0.98, 2.0**-24),
         xycoords=("axes fraction", "data"),
         ha="right",
-        va="bottom",
+        va="top",
         fontsize=8,
         color="0.4",
     )
@@ -151,7 +158,9 @@ def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def markdown(rows: Sequence[Row], special: Sequence[tuple[str, str, str]]) -> str:
+def markdown(
+    rows: Sequence[Row], special: Sequence[tuple[str, str, str]], others: Sequence[Sequence[str]]
+) -> str:
     """The documentation page."""
     info = torch_bn.build_info()
     single = _float32(rows)
@@ -184,6 +193,13 @@ worse than the builtin by more than one rounding (6e-8). **{verdict(rows)}**
 ## Data at the ends of float32
 
 {_table(["data", "torch_bn", "builtin"], special)}
+
+## Other implementations
+
+The largest error of `y` in training on {THREADS[0]} to {THREADS[-1]} threads, and whether the
+number of threads changes bits:
+
+{_table(HEADING, others)}
 
 ## float64
 
