@@ -7,6 +7,7 @@ Prints the table, and with --docs writes it and the plot into docs/distributed.m
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -169,7 +170,7 @@ def work(rank: int, world: int, directory: str) -> None:
         sent = (loopback_bytes() - before) / REPETITIONS
         rows.append(Row(world, channels, layer_bytes=sent, **found))
     if rank == 0:
-        torch.save(rows, f"{directory}/{world}.pt")
+        Path(directory, f"{world}.json").write_text(json.dumps([asdict(row) for row in rows]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -270,7 +271,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         for world in WORLDS:
             torch.multiprocessing.spawn(work, (world, directory), nprocs=world)
-            rows += torch.load(f"{directory}/{world}.pt", weights_only=False)
+            rows += [Row(**row) for row in json.loads(Path(directory, f"{world}.json").read_text())]
     table = markdown(rows)
     latency, bandwidth = fitted(rows)
     fit = (

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = 1
+MAX_BYTES = 1 << 26
+"""Largest file that is read as a result; a whole run's has 0.4 MB."""
+
 Better = Literal["higher", "lower", None]
 
 
@@ -133,24 +136,39 @@ class Result:
     @staticmethod
     def read(path: Path) -> Result:
         """Raises ValueError in words when the file is not of this tool's format."""
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_BYTES} bytes")
         try:
             data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} is not a result of these benchmarks (format {FORMAT})")
-        records = [
-            Record(
-                **{
-                    **record,
-                    "samples": {k: Sample(**v) for k, v in record["samples"].items()},
-                    "ratios": {k: Ratio(**v) for k, v in record["ratios"].items()},
-                }
-            )
-            for record in data["records"]
-        ]
-        absent = [Absent(**a) for a in data["absent"]]
-        return Result(data["environment"], data["settings"], records, absent)
+        try:
+            records = [
+                Record(
+                    **{
+                        **record,
+                        "threads": int(record["threads"]),
+                        "samples": {k: Sample(**_numbers(v)) for k, v in record["samples"].items()},
+                        "ratios": {k: Ratio(**_numbers(v)) for k, v in record["ratios"].items()},
+                    }
+                )
+                for record in data["records"]
+            ]
+            absent = [Absent(**a) for a in data["absent"]]
+            return Result(dict(data["environment"]), dict(data["settings"]), records, absent)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} has a damaged record ({what})") from None
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a sample or ratio; raises TypeError where a figure is no number."""
+    for name, value in fields.items():
+        if name != "better" and not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}")
+    return fields
 
 
 def geometric_mean(values: Iterable[float]) -> float:

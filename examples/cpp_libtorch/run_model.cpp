@@ -3,7 +3,10 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
 
+#include <charconv>
+#include <cstring>
 #include <iostream>
+#include <string>
 
 namespace {
 
@@ -17,24 +20,37 @@ torch::Tensor run(const std::string& path, const torch::Tensor& input) {
   return model.forward({input}).toTensor();
 }
 
+// A count from 1 to a million; 0 if it is not one.
+int64_t count(const char* text) {
+  int64_t value = 0;
+  const char* end = text + std::strlen(text);
+  const auto [last, error] = std::from_chars(text, end, value);
+  return error == std::errc() && last == end && value > 0 && value <= 1'000'000 ? value : 0;
+}
+
+// Errors of torch carry a trace of its calls behind their first line.
+std::string first_line(const std::string& words) {
+  return words.substr(0, words.find('\n'));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
+  const int64_t rows = argc == 4 ? count(argv[2]) : 0;
+  const int64_t features = argc == 4 ? count(argv[3]) : 0;
+  if (rows == 0 || features == 0) {
     std::cerr << "usage: run_model MODEL ROWS FEATURES\n";
     return 2;
   }
   try {
     const c10::InferenceMode guard;
-    const int64_t rows = std::stoll(argv[2]);
-    const int64_t features = std::stoll(argv[3]);
     const auto input = torch::arange(rows * features, torch::kFloat).view({rows, features}).sin();
-    const auto output = run(argv[1], input).contiguous();
+    const auto output = run(argv[1], input).to(torch::kFloat).contiguous();
     std::cout.precision(9);
     for (int64_t i = 0; i < output.numel(); ++i)
       std::cout << output.data_ptr<float>()[i] << ((i + 1) % output.size(1) == 0 ? '\n' : ' ');
   } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << '\n';
+    std::cerr << "error: " << first_line(error.what()) << '\n';
     return 1;
   }
 }

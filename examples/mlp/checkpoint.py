@@ -147,6 +147,9 @@ class Checkpoint:
                 raise damaged
             # torch.load does not look at the checksums that torch.save has written.
             with zipfile.ZipFile(path) as archive:
+                # torch.save compresses nothing; what is compressed may unpack to any size.
+                if sum(each.file_size for each in archive.infolist()) > MAX_BYTES:
+                    raise damaged
                 if archive.testzip() is not None:
                     raise damaged
             saved = torch.load(path, weights_only=True)

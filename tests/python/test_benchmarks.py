@@ -106,10 +106,42 @@ def test_json_round_trip(tmp_path: Path) -> None:
     whole.write(path)
     assert Result.read(path) == whole
     assert len(whole.absent) == 1
-    for text, words in (("{", "not JSON"), ("[]", "not a result"), ('{"format": 0}', "format 1")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            Result.read(path)
+
+
+def test_malformed_results_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    result(record()).write(path)
+    good = path.read_text()
+    data = json.loads(good)
+    kept = ("environment", "settings", "records", "absent")
+    without = [json.dumps({k: v for k, v in data.items() if k != name}) for name in kept]
+    cases = {
+        "not JSON": ["{", "[" * 100_000, good[: len(good) // 2]],
+        "not a result": ["[]", '{"format": 0}'],
+        "damaged record": [
+            *without,
+            json.dumps({**data, "records": [7]}),
+            json.dumps({**data, "records": [{**data["records"][0], "threads": "two"}]}),
+            json.dumps({**data, "records": [{**data["records"][0], "more": 1}]}),
+            good.replace('"value": ', '"value": "x", "was": '),
+            good.replace('"median": ', '"median": null, "was": '),
+        ],
+    }
+    for words, texts in cases.items():
+        for text in texts:
+            path.write_text(text)
+            assert guard.main([str(path), str(path)], Console(width=2000)) == 2
+            (line,) = capsys.readouterr().out.splitlines()
+            assert words in line
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not JSON"):
+        Result.read(path)
+    path.write_text(good)
+    monkeypatch.setattr("benchmarks.result.MAX_BYTES", len(good) - 1)
+    with pytest.raises(ValueError, match="larger than"):
+        Result.read(path)
 
 
 def compared(tmp_path: Path, old: Result, new: Result, *options: str) -> tuple[int, str]:

@@ -185,3 +185,13 @@ def test_models_exported_from_python_run(programs: Path, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         rows = [[float(value) for value in line.split()] for line in done.stdout.splitlines()]
         torch.testing.assert_close(torch.tensor(rows), expected, rtol=0, atol=tolerance)
+    for name in ("model.pt", "model.pt2"):
+        whole = (tmp_path / name).read_bytes()
+        for content in (b"", b"not a model", whole[: len(whole) // 2]):
+            (tmp_path / name).write_bytes(content)
+            done = run(programs / "run_model", tmp_path / name, 4, 6)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert done.stderr.startswith("error: ")
+    for counts in (("0", "6"), ("4", "six"), ("4", "-6"), ("4", "99999999999999999999")):
+        done = run(programs / "run_model", tmp_path / "model.pt", *counts)
+        assert (done.returncode, done.stderr) == (2, "usage: run_model MODEL ROWS FEATURES\n")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def test_damaged_checkpoint_is_refused(damage: str, interrupted: Path) -> None:
     whole = job()
     assert run(whole, interrupted.with_name("whole.pt"), Interruption())
     assert same(outcome(again), outcome(whole))
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_not_unpacked(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted.with_name("checkpoint.pt.before").unlink()
+    monkeypatch.setattr(checkpoints, "MAX_BYTES", 2**22)
+    with zipfile.ZipFile(interrupted, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/zeros", bytes(2**22))
+    assert interrupted.stat().st_size < 2**22
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("was unpacked"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was unpacked"))
+    again = job()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Checkpoint(interrupted, again.identity()).load(again.stages)
 
 
 def test_a_full_disk_leaves_the_checkpoint(interrupted: Path) -> None:

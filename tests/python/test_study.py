@@ -139,12 +139,28 @@ def test_results_belong_to_settings_and_identity(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.part"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {"seed": 1}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {"seed": 1}}', "[" * 100_000])
 def test_a_damaged_result_is_made_again(tmp_path: Path, text: str) -> None:
     store = Store(tmp_path, {})
     store.save("e", {"seed": 0}, {"loss": 0.5})
     store.path("e", {"seed": 0}).write_text(text)
     assert store.load("e", {"seed": 0}) is None
+
+
+def test_a_result_that_was_changed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, settings = Store(tmp_path, {}), {"seed": 0}
+    # Keys that are numbers sort otherwise than the text that JSON makes of them.
+    store.save("e", settings, {"loss": (0.5, float("inf")), 9: 1, 10: 2})
+    assert store.load("e", settings) == {"loss": [0.5, float("inf")], "9": 1, "10": 2}
+    path = store.path("e", settings)
+    whole = path.read_text()
+    path.write_text(whole.replace("0.5", "0.25"))
+    assert store.load("e", settings) is None
+    path.write_text(whole)
+    monkeypatch.setattr("study.store.MAX_BYTES", len(whole) - 1)
+    assert store.load("e", settings) is None
 
 
 def test_workers_give_the_results_of_this_process(tmp_path: Path, digits: Dataset) -> None:
