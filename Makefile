@@ -84,6 +84,7 @@ bench-cpp: setup
 lint: setup
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/python -m mypy.stubtest torch_bn._C
 	@git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 wheel: setup
