@@ -220,7 +220,9 @@ def findings(runs: Sequence[Run]) -> Findings:
         [
             "Two values that differ are normalised to +1 and -1, whichever they are (as long as "
             "their difference is large beside the root of eps): only which of the two is the "
-            "larger is left. A batch of a single row is refused in training."
+            "larger is left. A batch of a single row is refused in training. The cumulative "
+            "average counts the first steps of training as much as the last, when the weights are "
+            "others."
         ],
     )
 

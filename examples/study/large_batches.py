@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -41,8 +44,8 @@ def plan(quick: bool) -> list[Settings]:
     return grid(
         method=tuple(METHODS),
         limit=(6000 if quick else None,),
-        epochs=(4 if quick else 20,),
-        drop_every=(1 if quick else 5,),
+        epochs=(4 if quick else 40,),
+        drop_every=(1 if quick else 10,),
         seed=range(1 if quick else 3),
     )
 
@@ -71,12 +74,35 @@ def measure(settings: Settings, data: Dataset) -> Mapping[str, Any]:
         losses.append(epoch(model, optimizer, batches, number, clip=5.0))
         accuracies.append(score(model, validation)[1])
         schedule.step()
-    return {
+    result = {
         "loss": losses,
         "accuracy": accuracies,
         "final": accuracies[-1],
+        "updates": batches.per_epoch * settings["epochs"],
         "training": score(model, train)[1],
     }
+    if ghost is not None:
+        result["cost"] = cost(model, train[0][:size])
+    return result
+
+
+def cost(model: torch.nn.Sequential, x: torch.Tensor, repetitions: int = 9) -> float:
+    """The time of a training step's passes with ghost batches over that without.
+
+    The two take turns, in the thread's own time, so that it does not matter what else runs.
+    """
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, torch_bn.BatchNorm1d):
+            module.virtual_batch_size = None
+    times: dict[torch.nn.Module, list[float]] = {model: [], plain: []}
+    for _ in range(repetitions):
+        for each, found in times.items():
+            each.train()
+            began = time.thread_time()
+            each(x).sum().backward()
+            found.append(time.thread_time() - began)
+    return statistics.median(times[model]) / statistics.median(times[plain])
 
 
 def judge(runs: Sequence[Run]) -> list[Claim]:
@@ -87,7 +113,7 @@ def judge(runs: Sequence[Run]) -> list[Claim]:
         found = (spread(groups.results(method, of="final")) for method in (better, worse))
         return " against ".join(found)
 
-    seconds = {method: mean(groups.results(method, of="seconds")) for method in METHODS}
+    costs = groups.results("ghost", of="cost")
     gap = finals["small"] - finals["large"]
     closed = finals["ghost"] - finals["large"]
     return [
@@ -117,9 +143,10 @@ def judge(runs: Sequence[Run]) -> list[Claim]:
         ),
         Claim(
             "ghost batches cost little time",
-            "mean time of a run at most 1.2 times that of the larger rate alone",
-            f"{seconds['ghost']:.0f} s against {seconds['rate']:.0f} s",
-            seconds["ghost"] <= 1.2 * seconds["rate"],
+            "a forward and backward of the network takes at most 1.2 times as long as with whole "
+            "batches of 4096, medians of runs in turn, every seed",
+            f"{spread(costs, '.2f')} times",
+            max(costs) <= 1.2,
         ),
     ]
 
@@ -128,9 +155,11 @@ def draw(runs: Sequence[Run]) -> Any:
     figure, axes = plots.subplots(1, 2)
     groups = Group(runs, "method")
     for index, (method, words) in enumerate(METHODS.items()):
-        for ax, of in zip(axes[0], ("loss", "accuracy"), strict=True):
+        for ax, of, line in zip(
+            axes[0], ("loss", "accuracy"), (plots.band, plots.error_band), strict=True
+        ):
             curves = groups.results(method, of=of)
-            plots.band(
+            line(
                 ax,
                 range(1, len(curves[0]) + 1),
                 curves,
@@ -139,7 +168,7 @@ def draw(runs: Sequence[Run]) -> Any:
                 markersize=4,
                 label=words,
             )
-    plots.loss_and_accuracy(*axes[0])
+    plots.loss_and_error(*axes[0])
     plots.legend_below(figure, axes[0, 0], 2)
     return figure
 
@@ -149,22 +178,23 @@ def findings(runs: Sequence[Run]) -> Findings:
     rows = [
         [
             words,
+            f"{groups.results(method, of='updates')[0]:,}",
             spread(groups.results(method, of="training")),
             spread(groups.results(method, of="final")),
-            f"{mean(groups.results(method, of='seconds')):.0f}",
         ]
         for method, words in METHODS.items()
     ]
-    columns = ["method", "training accuracy", "validation accuracy", "seconds a run"]
+    columns = ["method", "updates", "training accuracy", "validation accuracy"]
     settings = runs[0].settings
     return Findings(
         judge(runs),
         [Table("After the last epoch, mean (lowest to highest seed)", columns, rows)],
-        [(draw(runs), "Loss and accuracy by epoch; bands are the extremes of the seeds.")],
+        [(draw(runs), "Loss and error by epoch; bands are the extremes of the seeds.")],
         [
-            f"The schedule is shorter than the paper's: {settings['epochs']} epochs, the rate "
-            f"divided by 10 every {settings['drop_every']} of them up to three times, not at "
-            "epochs 10, 20 and 30. The paper's table is not quoted here: we have not read it."
+            f"{settings['epochs']} epochs, the rate divided by 10 every {settings['drop_every']} "
+            "of them up to three times; the paper divides at epochs 10, 20 and 30. The same epochs "
+            "are fewer updates with large batches. The paper's table is not quoted here: we have "
+            "not read it."
         ],
     )
 

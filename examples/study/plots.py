@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from mlp.plots import STYLE
 
@@ -42,21 +42,35 @@ def percent(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def loss_and_accuracy(loss: Axes, accuracy: Axes) -> None:
+def error_axis(ax: Axes, label: str = "validation error") -> None:
+    """A logarithmic axis of 1 - accuracy: accuracies near 100% would all lie on one line."""
+    ax.set(yscale="log", ylabel=label)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    percent(ax)
+
+
+def loss_and_error(loss: Axes, error: Axes) -> None:
     """Titles and scales of two axes with curves over the epochs."""
     loss.set(ylabel="training cross-entropy (nats)", yscale="log")
-    accuracy.set_ylabel("validation accuracy")
-    percent(accuracy)
-    for ax in (loss, accuracy):
+    error_axis(error)
+    for ax in (loss, error):
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def band(ax: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
+def band(ax: Axes, x: Sequence[float], curves: Any, **style: Any) -> None:
     """The mean of the curves, and a band between the extremes of the seeds."""
     values = np.array(curves, dtype=float)
     (line,) = ax.plot(x, values.mean(0), **style)
     ax.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.18, lw=0)
+
+
+def error_band(
+    ax: Axes, x: Sequence[float], accuracies: Sequence[Sequence[float]], **style: Any
+) -> None:
+    """As `band`, of the errors that belong to accuracies."""
+    band(ax, x, 1 - np.array(accuracies, dtype=float), **style)
 
 
 def embedded(figure: Figure) -> str:

@@ -104,11 +104,11 @@ def draw(runs: Sequence[Run]) -> Any:
     for index, (placement, words) in enumerate(PLACEMENTS.items()):
         seeds = zip(*(groups.results(placement, r, of="accuracy") for r in RATES), strict=True)
         colour = {"none": plots.WITHOUT, "before": plots.WITH, "after": plots.ORANGE}[placement]
-        plots.band(
+        plots.error_band(
             axes[0, 0], RATES, list(seeds), color=colour, marker=plots.MARKERS[index], label=words
         )
-    axes[0, 0].set(xlabel="learning rate", xscale="log", ylabel="final validation accuracy")
-    plots.percent(axes[0, 0])
+    axes[0, 0].set(xlabel="learning rate", xscale="log")
+    plots.error_axis(axes[0, 0], "final validation error")
     plots.legend_below(figure, axes[0, 0], 3)
     return figure
 
@@ -120,7 +120,7 @@ def findings(runs: Sequence[Run]) -> Findings:
         for rate in RATES
     ]
     title = "Final validation accuracy, mean (lowest to highest seed)"
-    caption = "Final accuracy by learning rate; bands are the extremes of the seeds."
+    caption = "Final error by learning rate; bands are the extremes of the seeds."
     return Findings(
         judge(runs), [Table(title, ["rate", *PLACEMENTS.values()], rows)], [(draw(runs), caption)]
     )

@@ -18,7 +18,7 @@ from study.experiment import Claim, Experiment, Findings, Group, Run, Settings, 
 from study.training import Samples, epoch, samples, score, stack
 
 MODES = ("zscore", "minmax", "unit", "none")
-RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 BATCH = 64
 AHEAD = 0.01
 CLOSE = 0.01
@@ -150,14 +150,16 @@ def draw(runs: Sequence[Run], data: str) -> Any:
     for mode, colour, marker in zip(MODES, plots.CYCLE, plots.MARKERS, strict=False):
         for placement, dash in (("none", "-"), ("before", "--")):
             rate, found = chosen[data, mode, placement]
-            for ax, quantity in zip(axes[0], ("loss", "accuracy"), strict=True):
+            words = "" if placement == "none" else ", BN"
+            for ax, quantity, line in zip(
+                axes[0], ("loss", "accuracy"), (plots.band, plots.error_band), strict=True
+            ):
                 curves = [run.result[quantity] for run in found]
-                words = "" if placement == "none" else ", BN"
-                plots.band(
+                line(
                     ax, range(1, len(curves[0]) + 1), curves, color=colour, linestyle=dash,
                     marker=marker, markersize=4, label=f"{mode}{words} (rate {rate:g})",
                 )  # fmt: skip
-    plots.loss_and_accuracy(*axes[0])
+    plots.loss_and_error(*axes[0])
     plots.legend_below(figure, axes[0, 0], 4)
     what = "images" if data == "images" else "trips (miles and hours)"
     figure.suptitle(f"Scaling of {what}, each at its best learning rate")
@@ -171,7 +173,7 @@ def findings(runs: Sequence[Run]) -> Findings:
         found.figures.append(
             (
                 draw(runs, data),
-                f"Training loss and validation accuracy on {data}; lines are means over the seeds, "
+                f"Training loss and validation error on {data}; lines are means over the seeds, "
                 "bands their extremes, dashes networks with BN.",
             )
         )

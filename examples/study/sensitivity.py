@@ -181,13 +181,14 @@ def table(runs: Sequence[Run]) -> Table:
 
 NOTE = (
     "Why: after a ReLU a unit may be on for a row or two of a batch and off for the rest. Its "
-    "variance is then tiny, and batch norm divides by its root: whatever small value the unit has "
-    "in that row is blown up to the root of the batch size, and a rounding in it with it, by up to "
-    "1 / sqrt(eps), 316 for eps 1e-5. The gradient takes the same factor back. Before the ReLU a "
-    "Dense layer's output varies in every row, its deviation is far from zero, and nothing is "
-    "blown up. The control is eps: at 0.01 the factor is at most 10. Adam adds a step of its own "
-    "with batch norm before the ReLU: what is constant over a batch, as a pixel that is black in "
-    "all its images, or a bias, is subtracted again, so that the gradient of its weights is "
-    "nothing but rounding, which Adam divides by its own size, or by its eps of 1e-8. Those "
-    "weights part early, to about 1e-10, and no further: nothing depends on them."
+    "variance is then tiny, and batch norm divides by its root: whatever small value the unit "
+    "has in that row is blown up to the root of the batch size, and a rounding in it with it, by "
+    "up to 1 / sqrt(eps), 316 for eps 1e-5. The gradient takes the same factor back. Before the "
+    "ReLU a Dense layer's output varies in every row, its deviation is far from zero, and "
+    "nothing is blown up. The control is eps: at 0.01 the factor is at most 10, and what growth "
+    "is left is of the size of the other networks', which rises with their depth. Adam adds a "
+    "step of its own with batch norm before the ReLU: what is constant over a batch, as a pixel "
+    "that is black in all its images, or a bias, is subtracted again, so that the gradient of "
+    "its weights is nothing but rounding, which Adam divides by its own size, or by its eps of "
+    "1e-8. Those weights part early, to about 1e-10, and no further: nothing depends on them."
 )

@@ -51,7 +51,7 @@ def test_scaling() -> None:
     bad = dict.fromkeys(good, 0.9)
     bad["none", "none"] = 0.899
     bad["none", "before"] = 0.88
-    found = verdicts(scaling.judge(scaling_runs(bad, divergent_from=9)))
+    found = verdicts(scaling.judge(scaling_runs(bad, divergent_from=99)))
     assert not any(found.values())
 
 
@@ -91,8 +91,8 @@ def shift_runs(gain: float, wander: float) -> list[Run]:
 
 
 def test_shift() -> None:
-    assert [c.held for c in shift.judge(shift_runs(0.05, wander=0.5))] == [True] * 4
-    assert [c.held for c in shift.judge(shift_runs(-0.01, wander=2))] == [False] * 4
+    assert [c.held for c in shift.judge(shift_runs(0.05, wander=0.5))] == [True] * 5
+    assert [c.held for c in shift.judge(shift_runs(-0.01, wander=2))] == [False] * 5
 
 
 def test_wander_is_of_place_and_free_of_scale() -> None:
@@ -207,19 +207,17 @@ def test_growth_is_in_decades_per_hundred_steps() -> None:
     assert sensitivity.growth([1e-16, 1.0, 1.0]) == math.inf
 
 
-def large_batches_runs(ghost_seconds: float, **finals: float) -> list[Run]:
-    seconds = {"ghost": ghost_seconds}
+def large_batches_runs(cost: float, **finals: float) -> list[Run]:
     return [
-        Run(s, {"final": finals[s["method"]] + 0.001 * s["seed"],
-                "seconds": seconds.get(s["method"], 10.0)})
+        Run(s, {"final": finals[s["method"]] + 0.001 * s["seed"], "cost": cost})
         for s in grid(method=large_batches.METHODS, seed=(0, 1))
     ]  # fmt: skip
 
 
 def test_large_batches() -> None:
-    good = large_batches_runs(11.0, small=0.98, large=0.96, rate=0.965, ghost=0.975)
+    good = large_batches_runs(1.1, small=0.98, large=0.96, rate=0.965, ghost=0.975)
     assert [c.held for c in large_batches.judge(good)] == [True] * 5
-    bad = large_batches_runs(13.0, small=0.95, large=0.96, rate=0.955, ghost=0.95)
+    bad = large_batches_runs(1.3, small=0.95, large=0.96, rate=0.955, ghost=0.95)
     assert [c.held for c in large_batches.judge(bad)] == [False] * 5
 
 
