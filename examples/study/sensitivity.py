@@ -25,8 +25,11 @@ VARIANTS = {
     "before, biased": ("before", True, 1e-5),
     "after": ("after", True, 1e-5),
     "after, eps 0.01": ("after", True, 1e-2),
+    "before, Adam's eps 1e-5": ("before", False, 1e-5),
 }
 """Placement, whether the Dense layers have a bias, and the batch norm's eps."""
+BLUNT = "before, Adam's eps 1e-5"
+"""The variant whose optimizer does not divide by what is smaller than that; with Adam only."""
 EVERY = 10
 FLOOR = 1e-18
 SATURATED = 1e-3
@@ -36,20 +39,24 @@ GROWS, STAYS = 0.5, 0.25
 
 
 def plan(quick: bool) -> list[Settings]:
-    return grid(
-        kind=("sensitivity",),
-        network=("300-100", "8 x 100") if quick else tuple(NETWORKS),
-        variant=tuple(VARIANTS),
-        optimizer=("adam", "sgd"),
-        steps=(150 if quick else 400,),
-        limit=(5000,),
-        seed=range(1 if quick else 3),
-    )
+    shared = {
+        "kind": ("sensitivity",),
+        "network": ("300-100", "8 x 100") if quick else tuple(NETWORKS),
+        "steps": (150 if quick else 400,),
+        "limit": (5000,),
+        "seed": range(1 if quick else 3),
+    }
+    usual = [variant for variant in VARIANTS if variant != BLUNT]
+    return [
+        *grid(variant=usual, optimizer=("adam", "sgd"), **shared),
+        *grid(variant=(BLUNT,), optimizer=("adam",), **shared),
+    ]
 
 
-def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(model.parameters())
+def optimizer_of(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if settings["optimizer"] == "adam":
+        eps = 1e-5 if settings["variant"] == BLUNT else 1e-8
+        return torch.optim.Adam(model.parameters(), eps=eps)
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
@@ -68,7 +75,7 @@ def measure(settings: Settings, data: Dataset) -> Mapping[str, Any]:
         # One unit's weights go to the next number.
         unit = models[1].get_submodule("dense1").weight[0]
         unit.copy_(torch.nextafter(unit, torch.full_like(unit, math.inf)))
-    optimizers = [optimizer_of(settings["optimizer"], model) for model in models]
+    optimizers = [optimizer_of(settings, model) for model in models]
     batches = Batches(*train, 64, seed)
     apart, steepest = [], []
     for first in range(0, count, EVERY):
@@ -104,6 +111,8 @@ def growth(apart: Sequence[float]) -> float:
 
 def judge(runs: Sequence[Run]) -> list[Claim]:
     groups = Group(runs, "variant")
+    adam = Group([run for run in runs if run.settings["optimizer"] == "adam"], "variant")
+    early = {v: [run.result["apart"][-1] for run in adam[v,]] for v in ("before", BLUNT)}
     found = {variant: groups.results(variant, of="growth") for variant in VARIANTS}
     steep = {variant: groups.results(variant, of="steepest") for variant in VARIANTS}
     stays = f"less than {STAYS} decades per hundred steps in every network, optimizer and seed"
@@ -133,6 +142,16 @@ def judge(runs: Sequence[Run]) -> list[Claim]:
             max(found["after, eps 0.01"]) < STAYS,
         )
     )
+    claims.append(
+        Claim(
+            "with Adam and BN before the ReLU weights part early because Adam divides gradients "
+            "that are nothing but rounding by their own size",
+            "with Adam's eps 1e-5 instead of 1e-8 the weights end at least a thousand times "
+            "closer, the worst against the best of all networks and seeds",
+            f"{max(early[BLUNT]):.1e} at most against {min(early['before']):.1e} at least",
+            max(early[BLUNT]) <= min(early["before"]) / 1000,
+        )
+    )
     return claims
 
 
@@ -144,7 +163,7 @@ def draw(runs: Sequence[Run]) -> Any:
         for row, optimizer in enumerate(("adam", "sgd")):
             ax = axes[row, column]
             for index, variant in enumerate(VARIANTS):
-                for seed, run in enumerate(groups[network, optimizer, variant]):
+                for seed, run in enumerate(groups.get((network, optimizer, variant), [])):
                     values = np.maximum(run.result["apart"], FLOOR)
                     at = np.arange(1, len(values) + 1) * EVERY
                     ax.plot(
@@ -157,7 +176,7 @@ def draw(runs: Sequence[Run]) -> Any:
                 ax.set_xlabel("step")
             if not column:
                 ax.set_ylabel("largest difference\nof a weight")
-    plots.legend_below(figure, axes[0, 0], 5)
+    plots.legend_below(figure, axes[0, 0], 3)
     return figure
 
 
@@ -190,5 +209,6 @@ NOTE = (
     "step of its own with batch norm before the ReLU: what is constant over a batch, as a pixel "
     "that is black in all its images, or a bias, is subtracted again, so that the gradient of "
     "its weights is nothing but rounding, which Adam divides by its own size, or by its eps of "
-    "1e-8. Those weights part early, to about 1e-10, and no further: nothing depends on them."
+    "1e-8. Those weights part early, to about 1e-10, and no further: nothing depends on them. "
+    "The control is Adam's eps: at 1e-5 it does not divide by so little."
 )

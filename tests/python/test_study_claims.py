@@ -161,7 +161,9 @@ def test_regularisation() -> None:
     assert [c.held for c in regularisation.judge(bad)] == [False] * 5
 
 
-def placement_runs(gain: float, bias_gradient: float, growth: dict[str, float]) -> list[Run]:
+def placement_runs(
+    gain: float, bias_gradient: float, growth: dict[str, float], apart: dict[str, float]
+) -> list[Run]:
     """Accuracies that scatter by seed; BN before the ReLU is ahead of the rest by the gain."""
 
     def accuracy(s: Any) -> float:
@@ -174,18 +176,21 @@ def placement_runs(gain: float, bias_gradient: float, growth: dict[str, float]) 
                       seed=range(6))
     ]  # fmt: skip
     return training + [
-        Run({"kind": "sensitivity", "variant": v}, {"growth": growth.get(v, 0.0), "steepest": 3.0})
+        Run(
+            {"kind": "sensitivity", "variant": v, "optimizer": "adam"},
+            {"growth": growth.get(v, 0.0), "steepest": 3.0, "apart": [1e-16, apart.get(v, 1e-15)]},
+        )
         for v in sensitivity.VARIANTS
     ]
 
 
 def test_placement() -> None:
-    good = placement_runs(0.05, 1e-7, {"after": 2.0})
-    assert [c.held for c in placement.judge(good)] == [True] * 11
+    good = placement_runs(0.05, 1e-7, {"after": 2.0}, {"before": 1e-11})
+    assert [c.held for c in placement.judge(good)] == [True] * 12
     grown = dict.fromkeys(sensitivity.VARIANTS, 1.0) | {"after": 0.1}
-    bad = placement_runs(0.0, 0.1, grown)
+    bad = placement_runs(0.0, 0.1, grown, {"before": 1e-13})
     # A bias makes no difference here either.
-    assert [c.held for c in placement.judge(bad)] == [False, False, True] * 2 + [False] * 5
+    assert [c.held for c in placement.judge(bad)] == [False, False, True] * 2 + [False] * 6
 
 
 def test_paired_differences() -> None:
