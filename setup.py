@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -53,7 +54,11 @@ class CMakeBuild(build_ext):
         """Leave an editable install as it is: CMake has installed it in place already."""
 
 
+# A build has the ABI of one minor version of torch.
+minor = ".".join(version("torch").split(".")[:2])
+
 setup(
+    install_requires=[f"torch=={minor}.*"],
     ext_modules=[Extension("torch_bn._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

