@@ -38,7 +38,8 @@ BUILT = ("torch_bn/lib/", "torch_bn/include/", "torch_bn/share/", "torch_bn/_bui
 LIMIT = 240
 STYLES = {"caught": "green", "hang": "green", "survived": "bold red", "did not compile": "bold red"}
 
-console = Console()
+# Logs have room for a row of the table in a line.
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def source_files() -> list[str]:
         text=True,
         check=False,
     )
-    if listed.returncode == 0:
+    if listed.returncode == 0 and listed.stdout:
         names = [name for name in listed.stdout.split("\0") if name]
     else:
         files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
@@ -187,7 +188,7 @@ def build(programs: list[str], with_python: bool, log: Path) -> str | None:
 
 def first_failure(output: str, is_python: bool) -> str:
     """The first test that failed, by what pytest or GoogleTest wrote; empty if it names none."""
-    pattern = r"^(?:FAILED|ERROR) (\S+)" if is_python else r"^\[  FAILED  \] (\S+?),? "
+    pattern = r"^(?:FAILED|ERROR) (.+?)(?: - |$)" if is_python else r"^\[  FAILED  \] (\S+?),? "
     if found := re.search(pattern, output, re.MULTILINE):
         return found[1].rsplit("/", 1)[-1] if is_python else found[1]
     return ""
@@ -276,7 +277,9 @@ def try_fault(fault: Fault) -> Result:
 
 def table_of(results: list[Result]) -> Table:
     """The results as a table."""
-    table = Table("fault", "kind", "file", "outcome", "by", "s")
+    table = Table()
+    for heading in ("fault", "kind", "file", "outcome", "by", "s"):
+        table.add_column(heading, overflow="fold")
     for result in results:
         style = STYLES[result.outcome]
         files = ", ".join(name.removeprefix("csrc/") for name in result.files)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mutate import Ended, judge, source_files
 
 from mutation_faults import LIST, ROOT, Command, Edit, Fault, ListError, read_faults
 
@@ -83,3 +84,42 @@ def test_a_list_that_cannot_be_read_is_refused_in_words(
     path.write_text(text)
     with pytest.raises(ListError, match=words):
         read_faults(path)
+
+
+PROGRAM = Command(("kernels_test", "--gtest_filter=*"))
+PYTEST = Command(("tests/python/test_layer.py",))
+BEGUN = "[ RUN      ] A.Good\n[       OK ] A.Good (0 ms)\n[ RUN      ] A.Bad/avx2\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "ended", "outcome"),
+    [
+        (PROGRAM, Ended(0, BEGUN), None),
+        (
+            PROGRAM,
+            Ended(1, f"{BEGUN}[  FAILED  ] A.Bad/avx2, where GetParam() = x (0 ms)\n"),
+            ("caught", "kernels_test: A.Bad/avx2"),
+        ),
+        (PROGRAM, Ended(-11, BEGUN), ("caught", "kernels_test: A.Bad/avx2 (ended by SIGSEGV)")),
+        (PROGRAM, Ended(None, BEGUN), ("hang", "kernels_test: A.Bad/avx2 did not end")),
+        (PROGRAM, Ended(1, ""), ("caught", "kernels_test: before any test")),
+        (PYTEST, Ended(0, "1 passed"), None),
+        (
+            PYTEST,
+            Ended(1, "FAILED tests/python/test_layer.py::test_a[one row] - assert False\n"),
+            ("caught", "test_layer.py::test_a[one row]"),
+        ),
+        (PYTEST, Ended(2, "cannot import"), ("caught", "test_layer.py, before any test")),
+        (PYTEST, Ended(None, ""), ("hang", "test_layer.py did not end")),
+    ],
+)
+def test_what_became_of_a_test(
+    command: Command, ended: Ended, outcome: tuple[str, str] | None
+) -> None:
+    assert judge(command, ended) == outcome
+
+
+def test_the_copy_has_the_source_and_nothing_built() -> None:
+    names = source_files()
+    assert {"csrc/kernels/team.h", "tests/cpp/CMakeLists.txt", "pyproject.toml"} <= set(names)
+    assert [name for name in names if name.endswith(".so") or name.startswith("build/")] == []
