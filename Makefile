@@ -6,6 +6,8 @@
 #   make example-cpp                the same network trained and proved by a C++ program; DATA and ARGS as above
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
+#   make mutation                   deliberate faults, one at a time in a copy, each to be caught by the tests
+#   make mutation ARGS="--list"      what they are; ARGS="--only NAME" for some of them
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
 #   make docs                       the documentation as a site, build/docs/index.html
@@ -15,8 +17,8 @@
 #   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
-  bench-cpp lint wheel docs clean
+.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize mutation fuzz accuracy bench \
+  bench-quick bench-cpp lint wheel docs clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -58,6 +60,10 @@ test-arm64: test-cpp
 sanitize: setup
 	@scripts/setup_tests.sh gtest
 	@scripts/sanitize.sh $(PARTS)
+
+mutation: setup
+	@scripts/setup_tests.sh gtest
+	@$(VENV)/bin/python scripts/mutate.py $(ARGS)
 
 fuzz: setup
 	@scripts/setup_tests.sh gtest

@@ -94,6 +94,15 @@ TEST_P(Kernels, ACancellingMeanIsRightInFloat64) {
   for (int64_t c = 0; c < shape.c; ++c) EXPECT_EQ(got.mean[c], 0x1p-31);
 }
 
+// A number that comes first, and vanishes beside the next ones, is all that is left of their sum.
+TEST_P(Kernels, ASmallFirstNumberIsNotLostInFloat64) {
+  Problem<double> problem({4, 3, 1}, 0, 1);
+  const double column[] = {0x1p-70, 1, -1, 0};
+  for (std::size_t i = 0; i < problem.x.size(); ++i) problem.x[i] = column[i / 3];
+  const auto got = problem.run(table());
+  for (int64_t c = 0; c < 3; ++c) EXPECT_EQ(got.mean[c], 0x1p-72);
+}
+
 // x[2i] + x[2i+1] = 2 mean on a dyadic grid: every partial sum is exact, so the results are too, in any order.
 TEST_P(Kernels, ExactDataGiveExactStatistics) {
   for (const int64_t rows : {2, 64, 128, 130, 8192, 20000}) {
@@ -219,6 +228,27 @@ TEST_P(Kernels, OnlyTheAskedForGradientsAreWritten) {
     EXPECT_EQ(same_bits(gw, all.grad_weight), (mask & 2) != 0);
     EXPECT_EQ(same_bits(gb, all.grad_bias), (mask & 4) != 0);
   }
+}
+
+// An element is read before it is overwritten, and once: in whole vectors and in the rest of a row.
+template <typename T, typename Draw>
+void expect_the_same_in_place(const KernelTable& table, Draw draw) {
+  for (const Shape& shape : kShapes)
+    for (const Relu relu : {Relu::none, Relu::after, Relu::before})
+      for (const bool training : {true, false}) {
+        Problem<T> problem(shape, 0.5, 2.0, draw);
+        problem.relu = relu;
+        problem.stream_from = 0;  // which over the gradient itself counts for nothing
+        const auto want = problem.run(table, 1, Layout::contiguous, training);
+        problem.in_place = true;
+        EXPECT_TRUE(want.same(problem.run(table, 1, Layout::contiguous, training)))
+            << shape.n << "x" << shape.c << "x" << shape.l << " ReLU " << static_cast<int>(relu);
+      }
+}
+
+TEST_P(Kernels, GradInputMayLieOverGradOutput) {
+  expect_the_same_in_place<float>(table(), normal<float>);
+  expect_the_same_in_place<BFloat16Bits>(table(), small_numbers<BFloat16Bits>);
 }
 
 TEST(Dispatch, NamesAreConsistent) {

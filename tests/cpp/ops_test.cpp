@@ -124,7 +124,6 @@ TEST(Ops, InPlaceWritesAdvanceTheVersionCounters) {
   EXPECT_EQ(versions(), after);
 }
 
-// Every refusal comes before anything is written.
 // A hook of C++ sees the gradient without keeping it. tests/python/test_gradient_in_place.py has what may not be
 // overwritten.
 TEST(Ops, ADeadGradientIsOverwritten) {
@@ -144,6 +143,20 @@ TEST(Ops, ADeadGradientIsOverwritten) {
     }
 }
 
+// What shares the gradient's memory, and nothing else with it, only the storage's count tells of. A hook of Python
+// keeps the gradient itself, so this is no test of Python's.
+TEST(Ops, AGradientWhoseMemoryIsKeptIsLeftAlone) {
+  const Layer layer(6, at::kFloat);
+  const auto x = torch::randn({50, 6}).set_requires_grad(true);
+  const auto factor = torch::randn({50, 6});
+  const auto y = layer(x, true);
+  at::Tensor kept = torch::empty({0});
+  y.register_hook([&](const at::Tensor& grad) { kept.set_(grad.storage(), 0, grad.sizes(), grad.strides()); });
+  (y * factor).sum().backward();
+  EXPECT_TRUE(torch::equal(kept, factor));
+}
+
+// Every refusal comes before anything is written.
 TEST(Ops, RefusedCallsChangeNothing) {
   struct Case {
     const char* words;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels/dispatch.h"
@@ -43,6 +44,9 @@ std::vector<Bits> small_numbers(std::size_t count, double /*mean*/, double /*std
   for (Bits& value : values) value.bits = static_cast<std::uint16_t>(generator() & 0xbfffU);  // finite
   return values;
 }
+
+// What working memory holds that no kernel has written to: a caller does not clear it.
+constexpr double kUnset = std::numeric_limits<double>::quiet_NaN();
 
 // How an (N, C, L) array lies in memory.
 enum class Layout { contiguous, channels_last, transposed, padded_rows };
@@ -112,6 +116,7 @@ struct Problem {
   double momentum = 0.25;
   Relu relu = Relu::none;
   std::int64_t stream_from = std::int64_t{1} << 40;
+  bool in_place = false;  // grad_input over a contiguous grad_output
 
   // Random data from four seeds; `draw(count, mean, std, seed)` returns the values.
   template <typename Draw>
@@ -167,7 +172,7 @@ struct Problem {
     for (T& value : r.running_var) value = magnitude(value);
     r.mean.resize(c);
     r.invstd.resize(c);
-    std::vector<double> scratch(forward_scratch(shape));
+    std::vector<double> scratch(forward_scratch(shape), kUnset);
     ForwardArgs forward = forward_args(shape, threads);
     forward.training = training;
     forward.input = input.view;
@@ -179,7 +184,7 @@ struct Problem {
     forward.scratch = scratch.data();
     table.forward(forward);
 
-    scratch.assign(backward_scratch(shape), 0);
+    scratch.assign(backward_scratch(shape), kUnset);
     BackwardArgs backward = backward_args(shape, threads);
     backward.training = training;
     backward.grad_output = grad_output.view;
@@ -190,6 +195,10 @@ struct Problem {
     backward.grad_weight = r.grad_weight.data();
     backward.grad_bias = r.grad_bias.data();
     backward.scratch = scratch.data();
+    if (in_place) {
+      r.grad_input = g;
+      backward.grad_output = {r.grad_input.data(), shape.c * shape.l, shape.l, 1};
+    }
     table.backward(backward);
     return r;
   }

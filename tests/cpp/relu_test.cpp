@@ -182,6 +182,13 @@ TEST_P(FusedRelu, BlocksTheGradientAtZero) {
     ASSERT_EQ(results.invstd[c], 1.0);
     EXPECT_EQ(results.grad_bias[c], static_cast<float>(positive)) << c;
   }
+  // Before the norm, x itself decides.
+  problem.relu = Relu::before;
+  problem.g = normal<float>(problem.g.size(), 0, 1, 2);
+  const auto before = problem.run(table());
+  for (int64_t n = 0; n < shape.n; ++n)
+    for (int64_t c = 0; c < shape.c; ++c)
+      EXPECT_EQ(before.grad_input[at(shape, n, c, 0)] != 0.0F, n % 3 - 1 > 0) << n << " " << c;
 }
 
 TEST_P(FusedRelu, PassesNaN) {

@@ -123,7 +123,8 @@ class SharedRun {
     args.input = share.input.view;
     args.mean = share.mean.data();
     args.invstd = share.invstd.data();
-    share.scratch.assign(forward_scratch({std::max<int64_t>(share.shape.n, 1), share.shape.c, share.shape.l}), 0);
+    share.scratch.assign(forward_scratch({std::max<int64_t>(share.shape.n, 1), share.shape.c, share.shape.l}),
+                         kUnset);
     args.scratch = share.scratch.data();
     return args;
   }
@@ -134,7 +135,7 @@ class SharedRun {
     args.input = share.input.view;
     args.mean = share.mean.data();
     args.invstd = share.invstd.data();
-    share.scratch.assign(backward_scratch(share.shape), 0);
+    share.scratch.assign(backward_scratch(share.shape), kUnset);
     args.scratch = share.scratch.data();
     return args;
   }

@@ -162,7 +162,11 @@ def test_without_running_statistics_evaluation_takes_the_whole_batch() -> None:
     assert torch.equal(ghost.eval()(x), ordinary.eval()(x))
 
 
-@pytest.mark.parametrize("shape", [(40, 7), (4099, 64), (60, 64, 40), (8, 5000)], ids=str)
+# The last shape is for so many chunks that threads which share what they should not do meet: the
+# others may be over before a second thread has woken up.
+@pytest.mark.parametrize(
+    "shape", [(40, 7), (4099, 64), (60, 64, 40), (8, 5000), (100_003, 8)], ids=str
+)
 @pytest.mark.parametrize("k", [3, 16])
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], k: int) -> None:
     x, g = torch.randn(shape), torch.randn(shape)

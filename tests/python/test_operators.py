@@ -79,6 +79,20 @@ def test_backward_with_relu(shape: tuple[int, ...], training: bool, relu: int) -
     opcheck(OPS.batch_norm_backward.default, arguments)
 
 
+@pytest.mark.parametrize("name", ["batch_norm_backward", "_ghost_batch_norm_backward"])
+def test_types_of_gradients_without_data(name: str) -> None:
+    """Of a 16-bit input beside float32 parameters each has its own."""
+    ghost = "ghost" in name
+    x, stats = torch.randn(6, 3).bfloat16(), torch.ones((2, 2, 3) if ghost else (2, 3)).double()
+    rest = (1e-5, 3, MASKS[0]) if ghost else (True, 1e-5, MASKS[0])
+    given = (x, x, torch.ones(3), stats)
+    real = getattr(OPS, name)(*given, *rest)
+    without_data = getattr(OPS, name)(*(each.to("meta") for each in given), *rest)
+    assert [each.dtype for each in real] == [torch.bfloat16, torch.float32, torch.float32]
+    for got, want in zip(without_data, real, strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+
+
 def test_update_of_running_statistics() -> None:
     mean, var = torch.zeros(3), torch.ones(3)
     batch = torch.randn(3).double(), torch.rand(3).double()
