@@ -7,6 +7,7 @@
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
+#   make coverage                   what the tests reach, of C++ and Python, build/coverage/html; ARGS goes to pytest
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
 #   make docs                       the documentation as a site, build/docs/index.html
 #   make accuracy                   the table of errors, docs/accuracy.md
@@ -15,8 +16,8 @@
 #   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize fuzz accuracy bench bench-quick \
-  bench-cpp lint wheel docs clean
+.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize fuzz coverage accuracy bench \
+  bench-quick bench-cpp lint wheel docs clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -62,6 +63,10 @@ sanitize: setup
 fuzz: setup
 	@scripts/setup_tests.sh gtest
 	@scripts/fuzz.sh $(SECONDS)
+
+coverage: setup
+	@scripts/setup_tests.sh gtest
+	@ARGS="$(ARGS)" scripts/coverage.sh $(PARTS)
 
 docs: setup
 	@scripts/docs.sh
