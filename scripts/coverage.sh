@@ -66,8 +66,8 @@ run_report() {
   mkdir -p "$html/cpp"
   echo "torch_bn: C++, $html/cpp/index.html"
   "$python" -m gcovr --root "$copy" --filter "$copy/csrc/" --object-directory "$build" --exclude-throw-branches \
-    --merge-mode-functions=separate --gcov-ignore-parse-errors=negative_hits.warn -j "$(nproc)" \
-    --html-details "$html/cpp/index.html" --txt - --txt-summary "$build" || return 1
+    --merge-lines --merge-mode-functions=separate -j "$(nproc)" \
+    --html-details "$html/cpp/index.html" --txt - --txt-summary "$build"/CMakeFiles/{torch_bn_*,_C}.dir "$build/tests"
   echo "torch_bn: Python, $html/python/index.html"
   cd "$copy"
   "$python" -m coverage combine --append --quiet 2> /dev/null || true  # nothing new
