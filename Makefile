@@ -9,6 +9,7 @@
 #   make mutation                   deliberate faults, one at a time in a copy, each to be caught by the tests
 #   make mutation ARGS="--list"      what they are; ARGS="--only NAME" for some of them
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
+#   make coverage                   what the tests reach, of C++ and Python, build/coverage/html; ARGS goes to pytest
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
 #   make docs                       the documentation as a site, build/docs/index.html
 #   make accuracy                   the table of errors, docs/accuracy.md
@@ -17,8 +18,8 @@
 #   make bench-quick                fewer shapes, in about a minute
 #   make bench-cpp                  the kernels alone (Google Benchmark); ARGS="--benchmark_filter=memcpy" and others
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize mutation fuzz accuracy bench \
-  bench-quick bench-cpp lint wheel docs clean
+.PHONY: help setup train study test test-cpp test-python test-arm64 example-cpp sanitize mutation fuzz coverage accuracy \
+  bench bench-quick bench-cpp lint wheel docs clean
 
 export VENV ?= .venv
 export BUILD ?= build/dev
@@ -68,6 +69,10 @@ mutation: setup
 fuzz: setup
 	@scripts/setup_tests.sh gtest
 	@scripts/fuzz.sh $(SECONDS)
+
+coverage: setup
+	@scripts/setup_tests.sh gtest
+	@ARGS="$(ARGS)" scripts/coverage.sh $(PARTS)
 
 docs: setup
 	@scripts/docs.sh

@@ -3,7 +3,8 @@
 # No flag here lets the compiler change a result: contraction is off, so that no multiplication and addition
 # are fused on one set and not on another, and nothing of -ffast-math is on.
 
-set(TORCH_BN_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)
+set(TORCH_BN_KERNEL_OPTIMISATION -O3 CACHE STRING "How the kernels are optimised; no value changes a result")
+set(TORCH_BN_KERNEL_FLAGS ${TORCH_BN_KERNEL_OPTIMISATION} -ffp-contract=off -fno-math-errno -fno-trapping-math)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(TORCH_BN_ISAS baseline avx2 avx512)

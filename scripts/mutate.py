@@ -31,7 +31,7 @@ LOGS = TREE / "logs"
 # third of the time of -O3, because their tests take long without any. Neither changes a bit:
 # contraction stays off.
 FLAGS = "-O0 -DNDEBUG"
-KERNEL_FLAGS = ("cmake/IsaKernels.cmake", "_KERNEL_FLAGS -O3 ", "_KERNEL_FLAGS -O1 ")
+KERNEL_OPTIMISATION = "-O1"
 FOLDERS = ("benchmarks", "cmake", "csrc", "examples", "scripts", "tests", "torch_bn")
 BUILT = ("torch_bn/lib/", "torch_bn/include/", "torch_bn/share/", "torch_bn/_build_config.py")
 # Seconds until a fault's tests are given up as hanging; on the source as it is they take no minute.
@@ -120,17 +120,6 @@ def source_files() -> list[str]:
     ]
 
 
-def wanted_text(name: str) -> bytes:
-    """What the copy has in a file: the source's text, but for the kernels' optimisation."""
-    text = (ROOT / name).read_bytes()
-    file, find, replace = KERNEL_FLAGS
-    if name == file:
-        if text.count(find.encode()) != 1:
-            fail(f"{file} does not have its text {find!r} once; scripts/mutate.py names it too")
-        text = text.replace(find.encode(), replace.encode())
-    return text
-
-
 def copy_source() -> None:
     """Make the copy what the source is. Files that are so already are left, and not built again."""
     manifest = TREE / "files.json"
@@ -145,7 +134,7 @@ def copy_source() -> None:
 
 def restore(name: str) -> None:
     """Give a file of the copy the source's text, if it has another."""
-    path, text = SOURCE / name, wanted_text(name)
+    path, text = SOURCE / name, (ROOT / name).read_bytes()
     if not path.exists() or path.read_bytes() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)
@@ -162,6 +151,7 @@ def configure() -> None:
         f"-DCMAKE_PREFIX_PATH={';'.join(prefixes)}",
         f"-DPython_EXECUTABLE={sys.executable}",
         *("-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={FLAGS}"),
+        f"-DTORCH_BN_KERNEL_OPTIMISATION={KERNEL_OPTIMISATION}",
         *("-DTORCH_BN_PYTHON=ON", "-DTORCH_BN_TESTS=ON"),
     ]
     if not (BUILD / "CMakeCache.txt").exists():

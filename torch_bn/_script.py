@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def batch_norm(
+def batch_norm(  # pragma: no cover: TorchScript compiles it, Python never runs it
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -42,7 +42,7 @@ def batch_norm(
     return result
 
 
-def layer(
+def layer(  # pragma: no cover: TorchScript compiles it, Python never runs it
     virtual_batch_size: int | None,
     channels_last: bool,
     relu: int,

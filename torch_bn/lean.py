@@ -104,7 +104,6 @@ class _Output:
         self._versions = [t._version for t in self._tensors]
         self._output: weakref.ref[Tensor] = weakref.ref(output)
         self._version = output._version
-        self._computed: weakref.ref[Tensor] | None = None
 
     @staticmethod
     def of(module: BatchNorm1d, args: tuple[Any, ...], output: Any) -> _Output | None:
@@ -128,9 +127,6 @@ class _Output:
         )
 
     def again(self) -> Tensor:
-        computed = self._computed() if self._computed is not None else None
-        if computed is not None:  # for another layer that took the same output
-            return computed
         for tensor, version in zip(self._tensors, self._versions, strict=True):
             if tensor._version != version:
                 raise RuntimeError(
@@ -141,7 +137,7 @@ class _Output:
                     f"{version} instead"
                 )
         with torch.no_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
-            result = _serve.batch_norm(
+            return _serve.batch_norm(
                 self._x,
                 self._weight,
                 self._bias,
@@ -153,5 +149,3 @@ class _Output:
                 self._eps,
                 self._relu,
             )
-        self._computed = weakref.ref(result)
-        return result

@@ -28,6 +28,12 @@ constexpr ops::Relu relu_of() {
 namespace detail {
 
 template <typename Derived>
+void SyncBatchNormImplBase<Derived>::reset() {
+  BatchNormImplBase<Derived>::reset();
+  agreed_ = false;
+}
+
+template <typename Derived>
 torch::Tensor SyncBatchNormImplBase<Derived>::forward(const torch::Tensor& input) {
   constexpr ops::Relu kRelu = relu_of<Derived>();
   TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");

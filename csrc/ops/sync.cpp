@@ -90,22 +90,20 @@ at::Tensor gather_now(const at::Tensor& part, int64_t processes, const std::stri
 
 at::Tensor all_gather(const at::Tensor& part, int64_t processes, c10::string_view group, c10::string_view layer,
                       const char* direction) {
-  const auto failed = [&](const std::string& why) {
-    TORCH_CHECK(false, name_of(layer), ": the all-gather of its ", direction, " in group '", group,
-                "' failed. Another process may have ended, hang, or be at another place of the program; "
-                "TORCH_BN_SYNC_DEBUG=1 tells more. ",
-                why);
-  };
+  std::string why;
   try {
     const at::Tensor parts = is_traced(part) ? gather_for_trace(part, processes, std::string(group))
                                              : gather_now(part, processes, std::string(group));
     return parts.view_symint({processes, part.sym_numel()});
   } catch (const c10::Error& error) {
-    failed(error.what_without_backtrace());
+    why = error.what_without_backtrace();
   } catch (const std::exception& error) {
-    failed(error.what());
+    why = error.what();
   }
-  return {};
+  TORCH_CHECK(false, name_of(layer), ": the all-gather of its ", direction, " in group '", group,
+              "' failed. Another process may have ended, hang, or be at another place of the program; "
+              "TORCH_BN_SYNC_DEBUG=1 tells more. ",
+              why);
 }
 
 at::Tensor moments(const at::Tensor& input, int64_t mark, int64_t relu) {

@@ -171,6 +171,59 @@ TEST_P(WithAndWithoutStore, MembersThatDifferThrowBoth) {
   together(member, GetParam());
 }
 
+template <typename Layer>
+void expect_a_copy_to_be_the_layer(const std::string& name) {
+  together([&](int rank, const std::string& group) {
+    Layer layer(torch_bn::BatchNorm1dOptions(2), group, "bn");
+    const auto copy = std::dynamic_pointer_cast<typename Layer::ContainedType>(layer->clone());
+    const auto x = torch::tensor({{1.0F, 2.0F}, {rank + 3.0F, 7.0F}});
+    EXPECT_TRUE(torch::equal(layer->forward(x), copy->forward(x)));
+    EXPECT_TRUE(torch::equal(layer->running_var, copy->running_var));
+    std::ostringstream printed;
+    printed << *copy;
+    EXPECT_EQ(printed.str(),
+              "torch_bn::" + name + "(2, eps=1e-05, momentum=0.1, affine=true, track_running_stats=true)");
+  });
+}
+
+TEST(SyncBatchNorm1d, CopiesAreTheLayer) {
+  expect_a_copy_to_be_the_layer<torch_bn::SyncBatchNorm1d>("SyncBatchNorm1d");
+  expect_a_copy_to_be_the_layer<torch_bn::SyncBatchNormReLU1d>("SyncBatchNormReLU1d");
+  expect_a_copy_to_be_the_layer<torch_bn::SyncReLUBatchNorm1d>("SyncReLUBatchNorm1d");
+}
+
+// What it says of members that differ in their momentum.
+std::string refusal(torch_bn::SyncBatchNorm1dImpl& layer, int rank) {
+  layer.options.momentum(rank == 0 ? 0.1 : 0.2);
+  try {
+    layer.forward(torch::randn({4, 5}));
+    return "none";
+  } catch (const c10::Error& error) {
+    return error.what();
+  }
+}
+
+TEST(SyncBatchNorm1d, TheFirstForwardTellsTheSettingsAndOnRequestEvery) {
+  const auto tells = [](const std::string& words) { return words.find("momentum 0.2") != std::string::npos; };
+  const auto member = [&](bool of_a_copy, bool told) {
+    return [=](int rank, const std::string& group) {
+      torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5), group, "bn");
+      layer->forward(torch::randn({4, 5}));
+      const auto copy = std::dynamic_pointer_cast<torch_bn::SyncBatchNorm1dImpl>(layer->clone());
+      const std::string words = refusal(of_a_copy ? *copy : *layer, rank);
+      EXPECT_EQ(tells(words), told) << words;
+      EXPECT_NE(words, "none");
+    };
+  };
+  together(member(/*of_a_copy=*/false, /*told=*/false));
+  together(member(/*of_a_copy=*/true, /*told=*/true));
+  setenv("TORCH_BN_SYNC_DEBUG", "1", 1);
+  together(member(/*of_a_copy=*/false, /*told=*/true));
+  setenv("TORCH_BN_SYNC_DEBUG", "0", 1);
+  together(member(/*of_a_copy=*/false, /*told=*/false));
+  unsetenv("TORCH_BN_SYNC_DEBUG");
+}
+
 // A backend's thread keeps the caller's state: with Python's objects in it, it could be the last to free them.
 TEST(SyncBatchNorm1d, CollectivesSeeNoObjectsOfPython) {
   const auto meeting = together([](int /*rank*/, const std::string& group) {

@@ -89,6 +89,14 @@ def test_gradient_norms() -> None:
     )
 
 
+def test_frozen_parameters_have_no_gradient_norms() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    with Recorder(model, ["0"], gradients=True) as record:
+        train(model, 1)
+    assert list(record["0"].parameter_gradients) == ["weight"]
+
+
 def test_every_so_many_steps_of_training_are_recorded() -> None:
     model = network()
     with Recorder(model, every=3, gradients=True) as record:

@@ -213,6 +213,12 @@ def test_an_optimizer_goes_on_working() -> None:
         assert apart(model.state_dict()[name], plain.state_dict()[name]) < ROUNDING, name
 
 
+def test_a_bias_stays_where_evaluation_takes_another_way() -> None:
+    model = Net(lambda m, x: m.norm(m.dense(x) if m.training else m.dense(x).tanh()))
+    assert drop(model) == ["dense: bias kept, they do not always follow each other"]
+    assert model.dense.bias is not None
+
+
 def test_round_trip_of_state_dicts() -> None:
     model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C))
     drop(model)

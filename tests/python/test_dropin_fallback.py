@@ -73,6 +73,17 @@ def test_layer_honours_torch_function(layer_class: type) -> None:
 
 
 @layers
+def test_a_property_in_place_of_an_attribute(layer_class: type) -> None:
+    class Halved(layer_class):
+        momentum = property(lambda self: 0.5, lambda self, value: None)
+
+    layer, x = Halved(C), torch.tensor([[1.0] * C, [3.0] * C])
+    layer(x)
+    assert layer.running_mean.tolist() == [1.0] * C
+    assert layer.running_var.tolist() == [1.5] * C
+
+
+@layers
 def test_a_plain_subclass_stays_one(layer_class: type) -> None:
     class Tagged(Tensor):
         pass

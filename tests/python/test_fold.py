@@ -121,6 +121,7 @@ def test_multiply_adds(shape: tuple[int, ...]) -> None:
         assert names(folded) == ["Tanh", name, "Tanh"]
         assert report[0].endswith(" made a multiply-add")
         assert list(folded.state_dict()) == ["1.scale", "1.shift"]
+        assert f"(1): {name}({C})" in str(folded)
         with pytest.raises(AssertionError, match="another number of channels"):
             folded(torch.zeros(3, 1, dtype=torch.float64))
     model = nn.BatchNorm1d(C).double()

@@ -367,6 +367,18 @@ def test_a_sequential_that_is_not_called_whole() -> None:
     assert report[0] == "first.0 + first.1: left alone, the value between is used elsewhere"
 
 
+def test_a_sequential_in_itself_and_one_with_a_gap() -> None:
+    model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.ReLU())
+    model.add_module("3", None)
+    fuse(model)
+    assert type(model[1]) is torch_bn.BatchNormReLU1d
+    # It cannot be called, but the conversion comes to an end.
+    model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C))
+    model.append(model)
+    fuse(nn.Sequential(model))
+    assert type(model[1]) is torch_bn.BatchNorm1d
+
+
 def test_tracing_leaves_nothing_behind() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         m.last_input = x

@@ -361,3 +361,17 @@ def test_options_of_subclasses() -> None:
     by_option = torch_bn.BatchNorm1d(3, virtual_batch_size=8)
     assert_same_bits(step(GhostOfEight(3), x, g), step(by_option, x, g))
     assert torch.equal(EpsByProperty(3)(x), torch_bn.BatchNorm1d(3, eps=0.5)(x))
+
+
+@pytest.mark.parametrize("fused", [torch_bn.BatchNormReLU1d, torch_bn.ReLUBatchNorm1d])
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 4}, {"channels_last": True}], ids=str)
+def test_with_a_relu_it_is_the_two_modules(
+    fused: type[torch.nn.Module], options: dict[str, Any]
+) -> None:
+    one, norm = (filled(cls(5, **options)) for cls in (fused, torch_bn.BatchNorm1d))
+    pair = [norm, torch.nn.ReLU()]
+    two = torch.nn.Sequential(*(pair if fused is torch_bn.BatchNormReLU1d else pair[::-1]))
+    x, g = torch.randn(2, 13, 5, 5)
+    results = step(one, x, g), step(two, x, g)
+    for got, want in zip(*(result.values() for result in results), strict=True):
+        assert torch.equal(got, want)

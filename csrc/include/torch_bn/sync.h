@@ -31,6 +31,9 @@ class SyncBatchNormImplBase : public BatchNormImplBase<Derived> {
   ///   same, or when a process has ended or does not come within the group's timeout
   torch::Tensor forward(const torch::Tensor& input);
 
+  /// As in every layer; the next forward, a copy's first one, makes sure that all processes mean the same.
+  void reset() override;
+
  private:
   std::string group_;
   std::string name_;
