@@ -104,7 +104,7 @@ struct BatchNorm : Function<BatchNorm> {
     const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
     const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grads[0]) &&
                        is_plain(saved[0]) && is_plain(saved[2]) && (!weight.defined() || is_plain(weight)) &&
-                       is_plain(bias);
+                       is_plain(bias) && !needs_decomposition(grads[0], saved[0], optional_of(weight));
     auto [grad_input, grad_weight, grad_bias] =
         plain ? batch_norm_backward_at_once(mask[0] && may_overwrite(grads[0], saved[0]) ? grads[0] : at::Tensor(),
                                             grads[0], saved[0], optional_of(weight), saved[2], flags.training,

@@ -33,9 +33,9 @@ inline kernels::DType kernel_dtype(at::ScalarType dtype) {
       return kernels::DType::bf16;
     case at::kHalf:
       return kernels::DType::f16;
-    default:
+    default:  // GCOVR_EXCL_START: check_dtypes has refused the others
       TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", dtype, "'");
-  }
+  }  // GCOVR_EXCL_STOP
 }
 
 inline kernels::Shape shape_of(const at::Tensor& input) {

@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cstdlib>
+#include <filesystem>
+
 namespace torch_bn::testing {
 namespace {
 
@@ -176,6 +179,23 @@ TEST(Ops, RefusedCallsChangeNothing) {
     EXPECT_TRUE(torch::equal(layer.running_mean, untouched.running_mean));
     EXPECT_TRUE(torch::equal(layer.running_var, untouched.running_var));
     EXPECT_EQ(layer.counter.item<int64_t>(), 0);
+  }
+}
+
+// The set is chosen when a program starts, so the variable is set for another one, which runs this test too.
+TEST(Operators, AnUnknownInstructionSetIsRefusedByTheFirstCall) {
+  const char* asked = std::getenv("TORCH_BN_ISA");
+  if (asked == nullptr || std::string(asked) != "sse9") {
+    const std::string program = std::filesystem::read_symlink("/proc/self/exe");
+    const std::string filter = "*AnUnknownInstructionSetIsRefusedByTheFirstCall";
+    EXPECT_EQ(std::system(("TORCH_BN_ISA=sse9 '" + program + "' --gtest_filter='" + filter + "'").c_str()), 0);
+    return;
+  }
+  try {
+    Layer(3, at::kFloat)(torch::randn({4, 3}), true);
+    ADD_FAILURE() << "accepted";
+  } catch (const c10::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("TORCH_BN_ISA=sse9: unknown instruction set"), std::string::npos);
   }
 }
 

@@ -197,3 +197,28 @@ def test_statistics_that_require_grad_are_refused(batch_norm: BatchNorm) -> None
     words = "not differentiable with respect to argument 'running_mean'"
     with pytest.raises(RuntimeError, match=words):
         batch_norm(x, mean, torch.ones(2), training=False)
+
+
+LAYERS_IN_FORWARD_MODE = {
+    "plain": lambda: torch_bn.BatchNorm1d(3),
+    "before a ReLU": lambda: torch_bn.BatchNormReLU1d(3),
+    "behind a ReLU": lambda: torch_bn.ReLUBatchNorm1d(3),
+    "ghost": lambda: torch_bn.BatchNorm1d(3, virtual_batch_size=4),
+    "ghost of bare input": lambda: torch_bn.BatchNorm1d(3, affine=False, virtual_batch_size=4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_IN_FORWARD_MODE)
+def test_a_backward_takes_the_tangent_of_a_gradient(name: str) -> None:
+    layer = LAYERS_IN_FORWARD_MODE[name]().double()
+    x = torch.randn(9, 3, dtype=torch.double, requires_grad=True)
+    y, (g, t) = layer(x), torch.randn(2, 9, 3, dtype=torch.double)
+    wanted = [x, *layer.parameters()]
+    values, expected = (torch.autograd.grad(y, wanted, each, retain_graph=True) for each in (g, t))
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, wanted, forward_ad.make_dual(g, t))
+        duals = [forward_ad.unpack_dual(each) for each in found]
+    # A backward is linear. Sums of 9 terms of the order of 1 to 10 in float64, in another order.
+    for dual, value, tangent in zip(duals, values, expected, strict=True):
+        torch.testing.assert_close(dual.primal, value, rtol=0, atol=1e-12)
+        torch.testing.assert_close(dual.tangent, tangent, rtol=0, atol=1e-12)

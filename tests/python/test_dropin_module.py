@@ -186,14 +186,17 @@ def test_training_of_an_int_through_torchs_own() -> None:
     assert_twins(change)
 
 
-def test_a_weight_of_another_shape() -> None:
-    # Torch's own refuses it, but in its backward only; ours gives a gradient of that shape.
-    layer, plain = torch_bn.BatchNorm1d(C), torch_bn.BatchNorm1d(C)
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}], ids=str)
+def test_parameters_of_another_shape(options: dict[str, int]) -> None:
+    # Torch's own refuses them, but in its backward only; ours gives gradients of that shape.
+    layer, plain = torch_bn.BatchNorm1d(C, **options), torch_bn.BatchNorm1d(C, **options)
     layer.weight = nn.Parameter(torch.ones(2, 2))
+    layer.bias = nn.Parameter(torch.zeros(C, 1))
     x = torch.randn(5, C)
     for each in (layer, plain):
         each(x).pow(3).sum().backward()
     assert torch.equal(layer.weight.grad, plain.weight.grad.reshape(2, 2))
+    assert torch.equal(layer.bias.grad, plain.bias.grad.reshape(C, 1))
 
 
 @pytest.mark.parametrize("momentum", [0.25, None])

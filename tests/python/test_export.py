@@ -288,6 +288,25 @@ def test_onnx(layer_type: Layer, length: tuple[int, ...], how: str, tmp_path: Pa
     torch.testing.assert_close(run_onnx(path, x), net(x), **CLOSE)
 
 
+@pytest.mark.parametrize("layer_type", [torch_bn.BatchNormReLU1d, torch_bn.ReLUBatchNorm1d])
+def test_onnx_of_fused_layers_exported_before(layer_type: Layer, tmp_path: Path) -> None:
+    net, path = make(layer_type, training=False), tmp_path / "net.onnx"
+    export_onnx(net, torch.randn(5, 4), path, "exported before")
+    x = torch.randn(7, 4)
+    torch.testing.assert_close(run_onnx(path, x), net(x), **CLOSE)
+
+
+# The newer exporter writes evaluation whatever the mode, for torch's layer too.
+@both
+def test_onnx_of_training_exported_before(layer_type: Layer, tmp_path: Path) -> None:
+    net, path = make(layer_type, training=True), tmp_path / "net.onnx"
+    counted = net.bn.num_batches_tracked.clone()
+    export_onnx(net, torch.randn(5, 4), path, "exported before")
+    assert net.bn.num_batches_tracked == counted
+    x = torch.randn(7, 4)
+    torch.testing.assert_close(run_onnx(path, x), net.eval()(x), **CLOSE)
+
+
 @both
 def test_onnx_in_training(layer_type: Layer, tmp_path: Path) -> None:
     # The older exporter alone can: the newer exports evaluation whatever the mode, torch's too.
