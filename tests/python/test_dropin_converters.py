@@ -451,3 +451,13 @@ def test_fusions_of_torch_ao_after_revert() -> None:
     assert type(fused[1]) is nn.Identity
     x = torch.randn(5, 3)
     assert torch.allclose(fused(x), model(x), atol=1e-6)  # float32, folded in another order
+
+
+def test_copies_of_a_parametrised_layer_go_on_sharing_their_class() -> None:
+    layer = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    model = nn.Sequential(layer, copy.deepcopy(layer))
+    assert type(model[0]) is type(model[1])
+    torch_bn.convert(model)
+    assert type(model[0]) is type(model[1])
+    assert isinstance(model[1], torch_bn.BatchNorm1d)

@@ -354,3 +354,19 @@ def test_layers_of_several_processes_are_folded_as_those_of_one() -> None:
         "3: torch_bn.SyncBatchNorm1d folded into 2",
         "5: torch_bn.SyncReLUBatchNorm1d made a multiply-add",
     ]
+
+
+def test_a_norm_with_a_forward_of_its_own_stays() -> None:
+    model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C))
+    model[1].forward = torch.neg
+    folded, report = fold(model)
+    assert report == ["1: left alone, it has a forward of its own"]
+    x = torch.randn(5, 3)
+    assert torch.equal(folded(x), -model[0](x))
+
+
+def test_a_flattened_linear_of_a_size_that_does_not_fit_is_left() -> None:
+    # The model could not run; it is not for fold to say so.
+    folded, report = fold(nn.Sequential(nn.BatchNorm1d(C), nn.Flatten(), nn.Linear(C + 1, 2)))
+    assert names(folded) == ["Affine1d", "Flatten", "Linear"]
+    assert report == ["0: torch.nn.BatchNorm1d made a multiply-add"]

@@ -346,3 +346,20 @@ def test_a_trained_model_goes_back_to_torchs_layers() -> None:
     alone = torch_bn.convert_sync(torch.nn.BatchNorm1d(4))
     assert type(torch_bn.revert(alone)) is torch.nn.BatchNorm1d
     assert vars(alone).keys() == vars(model[1]).keys()
+
+
+def test_a_group_that_is_gone_is_named() -> None:
+    layer = torch_bn.SyncBatchNorm1d(2)
+    layer._sync_name, layer._group_name = "norm", "gone"
+    words = "SyncBatchNorm1d 'norm': there is no process group 'gone' with this process in it"
+    with pytest.raises(RuntimeError, match=words):
+        _ = layer.process_group
+
+
+def test_inputs_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch_bn.SyncBatchNorm1d(2)
+    # A group of two, of which only the size is asked before the input is looked at.
+    monkeypatch.setattr(torch_bn.SyncBatchNorm1d, "_group", lambda _: object())
+    with pytest.raises(RuntimeError, match=r"expected its input on CPU \(got meta\)"):
+        layer(torch.empty(4, 2, device="meta"))
+    assert layer.num_batches_tracked == 0
