@@ -7,7 +7,7 @@
 #   make test-arm64                 the kernels on arm64, under emulation
 #   make sanitize                   the kernels under the address, undefined-behaviour and thread sanitizers, valgrind
 #   make mutation                   deliberate faults, one at a time in a copy, each to be caught by the tests
-#   make mutation ARGS="--list"      what they are; ARGS="--only NAME" for some of them
+#   make mutation ARGS="--list"     what they are; ARGS="--only NAME" for some of them
 #   make fuzz SECONDS=60            fuzzing of the kernels' interface and of the C++ example's reader
 #   make coverage                   what the tests reach, of C++ and Python, build/coverage/html; ARGS goes to pytest
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone

@@ -36,38 +36,39 @@ _FORWARDS: dict[str, _Forward] = {
 }
 
 
-def _error(y: Tensor, x: Tensor) -> float:
+def _wanted(x: Tensor) -> Tensor:
     wide = x.double()
-    want = (wide - wide.mean(0)) / (wide.var(0, unbiased=False) + 1e-5).sqrt()
+    return (wide - wide.mean(0)) / (wide.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def _error(y: Tensor, want: Tensor) -> float:
     return float((y - want).abs().max() / want.abs().max())
 
 
 @torch.no_grad()
-def _line(name: str, forward: _Forward, sets: list[Tensor]) -> list[str]:
+def _line(name: str, forward: _Forward, sets: list[tuple[Tensor, Tensor]]) -> list[str]:
     cells, same, threads = [name], True, torch.get_num_threads()
     try:
-        for x in sets:
+        for x, want in sets:
             results = []
             for count in THREADS:
                 torch.set_num_threads(count)
                 results.append(forward(x))
-            cells.append(f"{max(_error(y, x) for y in results):.1e}")
+            cells.append(f"{max(_error(y, want) for y in results):.1e}")
             same = same and all(torch.equal(y, results[0]) for y in results)
     except RuntimeError as error:  # no compiler, or a torch built without oneDNN
         reason = str(error).splitlines()[0][:80]
         return [name, *[f"absent: {reason}"] * (len(HEADING) - 1)]
     finally:
         torch.set_num_threads(threads)
-    return [*cells, "the same" if same else "differ"]
+    missing = ["not measured"] * (len(DATA) - len(sets))
+    return [*cells, *missing, "the same" if same else "differ"]
 
 
 def compare(quick: bool) -> list[list[str]]:
     """A line for each implementation: its largest errors, and whether threads change bits."""
     generator = torch.Generator().manual_seed(0)
-    sets = [torch.randn(n, c, generator=generator) + mean for n, c, mean in DATA]
-    sets = sets[:2] if quick else sets
-    missing = ["not measured"] * (len(DATA) - len(sets))
-    lines = [_line(name, forward, sets) for name, forward in _FORWARDS.items()]
-    return [
-        [*line[:-1], *missing, line[-1]] if len(line) < len(HEADING) else line for line in lines
-    ]
+    data = DATA[:2] if quick else DATA
+    inputs = [torch.randn(n, c, generator=generator) + mean for n, c, mean in data]
+    sets = [(x, _wanted(x)) for x in inputs]
+    return [_line(name, forward, sets) for name, forward in _FORWARDS.items()]

@@ -155,19 +155,11 @@ def draw(runs: Sequence[Run]) -> Any:
     figure, axes = plots.subplots(1, 2)
     groups = Group(runs, "method")
     for index, (method, words) in enumerate(METHODS.items()):
-        for ax, of, line in zip(
-            axes[0], ("loss", "accuracy"), (plots.band, plots.error_band), strict=True
-        ):
-            curves = groups.results(method, of=of)
-            line(
-                ax,
-                range(1, len(curves[0]) + 1),
-                curves,
-                color=plots.CYCLE[index],
-                marker=plots.MARKERS[index],
-                markersize=4,
-                label=words,
-            )
+        curves = (groups.results(method, of=of) for of in ("loss", "accuracy"))
+        plots.loss_and_error_bands(
+            *axes[0], *curves, color=plots.CYCLE[index], marker=plots.MARKERS[index], markersize=4,
+            label=words,
+        )  # fmt: skip
     plots.loss_and_error(*axes[0])
     plots.legend_below(figure, axes[0, 0], 2)
     return figure

@@ -21,6 +21,7 @@ from matplotlib.ticker import (
     NullFormatter,
     PercentFormatter,
 )
+from numpy.typing import ArrayLike
 
 from mlp.plots import STYLE
 
@@ -57,7 +58,7 @@ def error_axis(ax: Axes, label: str = "validation error") -> None:
 
 
 def loss_and_error(loss: Axes, error: Axes) -> None:
-    """Titles and scales of two axes with curves over the epochs."""
+    """Titles and scales of two axes with curves over the epochs, as of `loss_and_error_bands`."""
     loss.set(ylabel="training cross-entropy (nats)", yscale="log")
     error_axis(error)
     for ax in (loss, error):
@@ -65,7 +66,7 @@ def loss_and_error(loss: Axes, error: Axes) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def band(ax: Axes, x: Sequence[float], curves: Any, **style: Any) -> None:
+def band(ax: Axes, x: Sequence[float], curves: ArrayLike, **style: Any) -> None:
     """The mean of the curves, and a band between the extremes of the seeds."""
     values = np.array(curves, dtype=float)
     (line,) = ax.plot(x, values.mean(0), **style)
@@ -77,6 +78,19 @@ def error_band(
 ) -> None:
     """As `band`, of the errors that belong to accuracies."""
     band(ax, x, 1 - np.array(accuracies, dtype=float), **style)
+
+
+def loss_and_error_bands(
+    loss: Axes,
+    error: Axes,
+    losses: Sequence[Sequence[float]],
+    accuracies: Sequence[Sequence[float]],
+    **style: Any,
+) -> None:
+    """Curves over the epochs, from 1, of several seeds."""
+    epochs = range(1, len(losses[0]) + 1)
+    band(loss, epochs, losses, **style)
+    error_band(error, epochs, accuracies, **style)
 
 
 def embedded(figure: Figure) -> str:

@@ -151,14 +151,11 @@ def draw(runs: Sequence[Run], data: str) -> Any:
         for placement, dash in (("none", "-"), ("before", "--")):
             rate, found = chosen[data, mode, placement]
             words = "" if placement == "none" else ", BN"
-            for ax, quantity, line in zip(
-                axes[0], ("loss", "accuracy"), (plots.band, plots.error_band), strict=True
-            ):
-                curves = [run.result[quantity] for run in found]
-                line(
-                    ax, range(1, len(curves[0]) + 1), curves, color=colour, linestyle=dash,
-                    marker=marker, markersize=4, label=f"{mode}{words} (rate {rate:g})",
-                )  # fmt: skip
+            curves = ([run.result[of] for run in found] for of in ("loss", "accuracy"))
+            plots.loss_and_error_bands(
+                *axes[0], *curves, color=colour, linestyle=dash, marker=marker, markersize=4,
+                label=f"{mode}{words} (rate {rate:g})",
+            )  # fmt: skip
     plots.loss_and_error(*axes[0])
     plots.legend_below(figure, axes[0, 0], 4)
     what = "images" if data == "images" else "trips (miles and hours)"

@@ -278,22 +278,25 @@ def export_onnx(net: torch.nn.Module, x: Tensor, path: Path, how: str) -> None:
         torch.onnx.export(net, (x,), path, dynamo=True, dynamic_shapes=ROWS, verbose=False)
 
 
-@both
-@shapes
-@pytest.mark.parametrize("how", ["dynamo", "exported before", "older exporter"])
-def test_onnx(layer_type: Layer, length: tuple[int, ...], how: str, tmp_path: Path) -> None:
-    net, path = make(layer_type, training=False), tmp_path / "net.onnx"
+def expect_the_same_by_onnx(
+    net: torch.nn.Module, path: Path, how: str, length: tuple[int, ...] = ()
+) -> None:
     export_onnx(net, torch.randn(5, 4, *length), path, how)
     x = torch.randn(7, 4, *length)
     torch.testing.assert_close(run_onnx(path, x), net(x), **CLOSE)
 
 
+@both
+@shapes
+@pytest.mark.parametrize("how", ["dynamo", "exported before", "older exporter"])
+def test_onnx(layer_type: Layer, length: tuple[int, ...], how: str, tmp_path: Path) -> None:
+    expect_the_same_by_onnx(make(layer_type, training=False), tmp_path / "net.onnx", how, length)
+
+
 @pytest.mark.parametrize("layer_type", [torch_bn.BatchNormReLU1d, torch_bn.ReLUBatchNorm1d])
 def test_onnx_of_fused_layers_exported_before(layer_type: Layer, tmp_path: Path) -> None:
-    net, path = make(layer_type, training=False), tmp_path / "net.onnx"
-    export_onnx(net, torch.randn(5, 4), path, "exported before")
-    x = torch.randn(7, 4)
-    torch.testing.assert_close(run_onnx(path, x), net(x), **CLOSE)
+    net = make(layer_type, training=False)
+    expect_the_same_by_onnx(net, tmp_path / "net.onnx", "exported before")
 
 
 # The newer exporter writes evaluation whatever the mode, for torch's layer too.
@@ -310,10 +313,8 @@ def test_onnx_of_training_exported_before(layer_type: Layer, tmp_path: Path) -> 
 @both
 def test_onnx_in_training(layer_type: Layer, tmp_path: Path) -> None:
     # The older exporter alone can: the newer exports evaluation whatever the mode, torch's too.
-    net, path = make(layer_type, training=True), tmp_path / "net.onnx"
-    export_onnx(net, torch.randn(5, 4), path, "older exporter")
-    x = torch.randn(7, 4)
-    torch.testing.assert_close(run_onnx(path, x), net(x), **CLOSE)
+    net = make(layer_type, training=True)
+    expect_the_same_by_onnx(net, tmp_path / "net.onnx", "older exporter")
 
 
 @both

@@ -9,20 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import python
 
 import torch_bn
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 PACKAGE = Path(torch_bn.__file__).parent
-
-
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run code that finds torch_bn in a folder, and no part of it where an editable install is."""
-    code = f"""import sys
-sys.path.insert(0, {str(folder)!r})
-sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
-{code}"""
-    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
 
 
 @pytest.fixture

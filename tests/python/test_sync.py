@@ -358,7 +358,7 @@ def test_a_group_that_is_gone_is_named() -> None:
 
 def test_inputs_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch_bn.SyncBatchNorm1d(2)
-    # A group of two, of which only the size is asked before the input is looked at.
+    # Any group of several processes: the input is looked at before the group is.
     monkeypatch.setattr(torch_bn.SyncBatchNorm1d, "_group", lambda _: object())
     with pytest.raises(RuntimeError, match=r"expected its input on CPU \(got meta\)"):
         layer(torch.empty(4, 2, device="meta"))
