@@ -73,6 +73,13 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
   return result;
 }
 
+// Without the check a tangent would be dropped in silence wherever nothing is recorded.
+template <typename... Tensors>
+void check_transforms(const std::string& name, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!needs_decomposition(tensors...), name_of(name),
+                              " serves neither the transforms of torch.func nor forward-mode AD");
+}
+
 // FNV-1a, in so many bits as a double holds exactly.
 int64_t mark_of(const std::string& settings) {
   std::uint64_t hash = 14695981039346656037u;
@@ -137,6 +144,7 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
                                   -ctx->saved_data["mark"].toInt(),  // the other direction
                                   ctx->saved_data["relu"].toInt(),
                                   mask};
+    check_transforms(options.name, grads[0], input, optional_of(weight));
     Gradients gradients;
     if (needs_recording(grads[0], input, optional_of(weight))) {
       const auto results = SyncBatchNormBackward::apply(grads[0], input, optional_of(weight), options);
@@ -155,13 +163,6 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
 
 namespace {
 
-void check_transforms(const at::Tensor& input, const std::string& name) {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) && !input._fw_grad(/*level=*/0).defined(),
-      name, " serves neither the transforms of torch.func nor forward-mode AD");
-}
-
 at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                 const std::optional<at::Tensor>& bias,
                                 const std::optional<at::Tensor>& running_mean,
@@ -171,7 +172,7 @@ at::Tensor batch_norm_composite(const at::Tensor& input, const std::optional<at:
                                 int64_t processes, c10::string_view layer_name, bool agree, int64_t relu) {
   check_relu(relu);
   const std::string name(layer_name);
-  check_transforms(input, name_of(name));
+  check_transforms(name, input, weight, bias);
   const bool recorded = at::GradMode::is_enabled();
   std::ostringstream settings;
   settings.precision(17);

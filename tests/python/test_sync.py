@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_bn
@@ -148,11 +149,24 @@ def work(rank: int, world: int, directory: str) -> None:
         first = torch.autograd.grad(layer(wide).square().sum(), wide, create_graph=True)[0]
         first.sum().backward()
 
+    def weight_with_tangent() -> None:
+        ones = torch.ones(3)
+        with forward_ad.dual_level(), torch.no_grad():
+            weight = forward_ad.make_dual(ones, ones)
+            torch.func.functional_call(layer, {"weight": weight}, (wide,))
+
+    def gradient_with_tangent() -> None:
+        with forward_ad.dual_level():
+            gradient = forward_ad.make_dual(torch.ones(4, 3), torch.ones(4, 3))
+            torch.autograd.grad(layer(wide), wide, gradient)
+
     results["errors"] = {
         "one row": refused(lambda: layer(one)),
         "no row": refused(lambda: layer(torch.ones(0, 3)).sum().backward()),
         "twice": refused(twice),
         "jvp": refused(lambda: torch.func.jvp(layer, (wide,), (wide,))),
+        "weight with a tangent": refused(weight_with_tangent),
+        "gradient with a tangent": refused(gradient_with_tangent),
         "alone": refused(lambda: alone(torch.randn(4, 3)).sum().backward()),
         "not a member": refused(
             lambda: torch_bn.SyncBatchNorm1d(3, process_group=groups[2])(torch.randn(4, 3))
@@ -283,8 +297,9 @@ def test_refusals(results: list[Results]) -> None:
         assert words["alone"] == "nothing"
         assert words["twice"].startswith("NotImplementedError: SyncBatchNorm1d 'number ")
         assert "has no second derivative" in words["twice"]
-        assert words["jvp"].startswith("NotImplementedError: SyncBatchNorm1d 'number ")
-        assert "serves neither the transforms of torch.func nor forward-mode" in words["jvp"]
+        for case in ("jvp", "weight with a tangent", "gradient with a tangent"):
+            assert words[case].startswith("NotImplementedError: SyncBatchNorm1d 'number "), case
+            assert "serves neither the transforms of torch.func nor forward-mode" in words[case]
         if rank >= 2:
             assert "there is no process group" in words["not a member"]
 
