@@ -203,6 +203,7 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
 // ---------------------------------------------------------------------------------------------------------
 template <Relu kRelu, typename Element, typename Real>
 struct TrainingGradient {
+  static constexpr bool kMasks = kRelu == Relu::after;
   const Real* mean;
   const Real* slope;
   const Real* shift;
@@ -237,6 +238,7 @@ struct TrainingGradient {
 
 template <Relu kRelu, typename Element, typename Real>
 struct EvaluationGradient {
+  static constexpr bool kMasks = kRelu == Relu::after;
   const Real* scale;
   Coefficients of;
 

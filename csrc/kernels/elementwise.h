@@ -14,6 +14,9 @@ namespace {
 
 // Rows that share one load of the coefficients.
 constexpr i64 kRowsAtOnce = 4;
+// Rows of so many channels go one at a time unless a mask makes their coefficients many: several rows that lie a
+// multiple of 4 KiB apart would fill a set of the first-level cache.
+constexpr i64 kWideRow = 768;
 // Channels whose coefficients stay in the first-level cache.
 constexpr i64 kPieceChannels = 1024;
 // Elements of a piece: so many that the processor foresees its memory, though the pieces go backwards.
@@ -31,6 +34,7 @@ inline i64 units_of(const Shape& shape) {
 
 template <typename RealOp, typename DoubleOp>
 struct Operation {
+  static constexpr bool kMasks = RealOp::kMasks;  // whether it computes what a ReLU behind lets through
   RealOp real;
   DoubleOp in_double;
   const std::uint8_t* plain;  // of each channel
@@ -108,7 +112,8 @@ void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range chan
   }
   i64 n = rows.begin;
   // Past the caches, narrow rows are written one after the other, in order.
-  const bool in_order = kStream && channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels;
+  const bool in_order = kStream ? channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels
+                                : !Op::kMasks && channels.size() >= kWideRow;
   for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
     apply_rows<Element, kRowsAtOnce, kStream>(op, channels, out + n * shape.c, shape.c,
                                               plain_rows<Element>(views, shape, n, 0)...);
