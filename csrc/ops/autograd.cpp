@@ -1,6 +1,7 @@
 // The autograd functions. Forward and backward are both operators; each has an autograd kernel, so that a
 // backward that is itself recorded can be differentiated again, to any order.
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -152,9 +153,34 @@ struct BatchNormBackward : Function<BatchNormBackward> {
 
 namespace {
 
+// Function::apply without what a plain call has no use for: one new output, no views, nothing changed in place.
+OutputAndStats record_plain(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
+  auto node = c10::make_intrusive<torch::autograd::CppNode<BatchNorm>>();
+  node->is_variable_input_ = {true, is_given(weight), is_given(bias), false, false};
+  torch::autograd::edge_list edges;
+  edges.reserve(3);
+  edges.push_back(torch::autograd::impl::gradient_edge(input));
+  for (const auto* parameter : {&weight, &bias})
+    if (is_given(*parameter)) edges.push_back(torch::autograd::impl::gradient_edge(**parameter));
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(std::move(edges));
+  at::Tensor stats;
+  at::Tensor output;
+  {
+    const at::AutoGradMode off(false);
+    output = BatchNorm::forward(&node->ctx_, input, weight, bias, options, StatsResult{&stats});
+  }
+  torch::autograd::set_history(output, node);
+  node->output_info_.emplace_back(output);
+  node->save_variables_to_ctx();
+  return {std::move(output), std::move(stats)};
+}
+
 OutputAndStats recorded_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                                 const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
   if (!needs_recording(input, weight, bias)) return forward_below(input, weight, bias, options);
+  if (options.plain) return record_plain(input, weight, bias, options);
   at::Tensor stats;
   at::Tensor output = BatchNorm::apply(input, weight, bias, options, StatsResult{&stats});
   return {std::move(output), std::move(stats)};

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <barrier>
 #include <cstring>
+#include <stdexcept>
 #include <thread>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
@@ -60,16 +61,15 @@ class InMemory : public c10d::Backend {
 
 // Runs member(rank, group name) in two threads.
 template <typename Member>
-std::shared_ptr<Meeting> together(Member member, bool with_store = true) {
+std::shared_ptr<Meeting> together(Member member, const c10::intrusive_ptr<c10d::Store>& store) {
   auto meeting = std::make_shared<Meeting>();
-  auto store = c10::make_intrusive<c10d::HashStore>();
   std::vector<std::thread> threads;
   for (int rank = 0; rank < kMembers; ++rank)
     threads.emplace_back([=] {
       // A process knows its group by one name; two members in one process need two.
       const std::string name = "member " + std::to_string(rank);
-      auto group = with_store ? c10::make_intrusive<c10d::ProcessGroup>(store, rank, kMembers)
-                              : c10::make_intrusive<c10d::ProcessGroup>(rank, kMembers);
+      auto group = store ? c10::make_intrusive<c10d::ProcessGroup>(store, rank, kMembers)
+                         : c10::make_intrusive<c10d::ProcessGroup>(rank, kMembers);
       group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::CUSTOM,
                         c10::make_intrusive<InMemory>(rank, meeting));
       group->setDefaultBackend(c10d::ProcessGroup::BackendType::CUSTOM);
@@ -81,6 +81,21 @@ std::shared_ptr<Meeting> together(Member member, bool with_store = true) {
   for (auto& thread : threads) thread.join();
   return meeting;
 }
+
+template <typename Member>
+std::shared_ptr<Meeting> together(Member member) {
+  return together(member, c10::make_intrusive<c10d::HashStore>());
+}
+
+// The store of a process that has ended.
+class StoreThatIsGone : public c10d::HashStore {
+ public:
+  void set(const std::string& /*key*/, const std::vector<uint8_t>& /*value*/) override { fail(); }
+  bool check(const std::vector<std::string>& /*keys*/) override { fail(); }
+
+ private:
+  [[noreturn]] static void fail() { throw std::runtime_error("connection reset by peer"); }
+};
 
 TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
   torch::manual_seed(0);
@@ -168,7 +183,44 @@ TEST_P(WithAndWithoutStore, MembersThatDifferThrowBoth) {
     torch_bn::SyncBatchNorm1d same(torch_bn::BatchNorm1dOptions(5), group, "bn");
     EXPECT_NO_THROW(same->forward(torch::randn({4, 5})));
   };
-  together(member, GetParam());
+  c10::intrusive_ptr<c10d::Store> store;
+  if (GetParam()) store = c10::make_intrusive<c10d::HashStore>();
+  together(member, store);
+}
+
+TEST(SyncBatchNorm1d, AStoreThatIsGoneIsAProcessThatDidNotCome) {
+  const auto member = [](int /*rank*/, const std::string& group) {
+    torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(5), group, "bn");
+    try {
+      layer->forward(torch::randn({4, 5}));
+      ADD_FAILURE() << "it went on";
+    } catch (const c10::Error& error) {
+      const std::string words = error.what();
+      EXPECT_NE(words.find("SyncBatchNorm1d 'bn': another process of group '" + group + "' did not come"),
+                std::string::npos)
+          << words;
+    }
+    EXPECT_EQ(layer->num_batches_tracked.item<int64_t>(), 0);
+  };
+  together(member, c10::make_intrusive<StoreThatIsGone>());
+}
+
+TEST(SyncBatchNorm1d, GradientsHaveTheShapesOfTheParameters) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({20, 7});
+  const auto g = torch::randn({20, 7});
+  together([&](int rank, const std::string& group) {
+    torch_bn::SyncBatchNorm1d flat(torch_bn::BatchNorm1dOptions(7), group, "flat");
+    torch_bn::SyncBatchNorm1d deep(torch_bn::BatchNorm1dOptions(7), group, "deep");
+    deep->weight = torch::ones({7, 1}).requires_grad_();
+    deep->bias = torch::zeros({1, 7}).requires_grad_();
+    for (auto* layer : {&flat, &deep})
+      (*layer)->forward(x.slice(0, 10 * rank, 10 * rank + 10)).backward(g.slice(0, 10 * rank, 10 * rank + 10));
+    EXPECT_EQ(deep->weight.grad().sizes(), (std::vector<int64_t>{7, 1}));
+    EXPECT_EQ(deep->bias.grad().sizes(), (std::vector<int64_t>{1, 7}));
+    EXPECT_TRUE(torch::equal(deep->weight.grad().flatten(), flat->weight.grad()));
+    EXPECT_TRUE(torch::equal(deep->bias.grad().flatten(), flat->bias.grad()));
+  });
 }
 
 template <typename Layer>
