@@ -26,12 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_bn
 
-CHANNELS = (100, 300, 1024, 4096)
-WORLDS = (1, 2, 4)
 ROWS = 64
-REPETITIONS = 81
 BEGIN = "<!-- BEGIN measured: written by python -m benchmarks.distributed --docs docs -->"
 END = "<!-- END measured -->"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is measured, and how often."""
+
+    channels: tuple[int, ...] = (100, 300, 1024, 4096)
+    worlds: tuple[int, ...] = (1, 2, 4)
+    repetitions: int = 81
+
+
+QUICK = Extent(channels=(100, 1024), worlds=(1, 2), repetitions=5)
 
 
 @dataclass(frozen=True)
@@ -129,10 +138,10 @@ def collective(name: str, channels: int, world: int) -> Callable[[], None]:
     return call
 
 
-def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+def interleaved(calls: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
     """Medians of the calls, one after the other in turn; all processes start each together."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         for name, call in calls.items():
             dist.barrier()
             start = time.perf_counter()
@@ -141,13 +150,13 @@ def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in samples.items()}
 
 
-def work(rank: int, world: int, directory: str) -> None:
+def work(rank: int, world: int, directory: str, extent: Extent) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{directory}/store{world}", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     rows = []
-    for channels in CHANNELS:
+    for channels in extent.channels:
         local, sync = torch_bn.BatchNorm1d(channels), torch_bn.SyncBatchNorm1d(channels)
         gather = collective("all_gather_into_tensor", channels, world)
         reduce = collective("all_reduce", channels, world)
@@ -160,14 +169,14 @@ def work(rank: int, world: int, directory: str) -> None:
             "local_step": model_step(torch_bn.BatchNorm1d(channels), channels, world),
             "sync_step": model_step(torch_bn.SyncBatchNorm1d(channels), channels, world),
         }
-        found = interleaved(calls)
+        found = interleaved(calls, extent.repetitions)
         dist.barrier()
         time.sleep(0.1)  # late bytes of the barrier
         before = loopback_bytes()
-        for _ in range(REPETITIONS):
+        for _ in range(extent.repetitions):
             calls["sync_layer"]()
         time.sleep(0.1)
-        sent = (loopback_bytes() - before) / REPETITIONS
+        sent = (loopback_bytes() - before) / extent.repetitions
         rows.append(Row(world, channels, layer_bytes=sent, **found))
     if rank == 0:
         Path(directory, f"{world}.json").write_text(json.dumps([asdict(row) for row in rows]))
@@ -222,7 +231,7 @@ def plot(rows: list[Row], path: Path) -> None:
     latency, bandwidth = fitted(rows)
     worlds = [2**i for i in range(1, 10)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, channels in enumerate(CHANNELS):
+    for number, channels in enumerate(dict.fromkeys(row.channels for row in rows)):
         colour = f"C{number}"
         times = [1e3 * model_seconds(n, channels, latency, bandwidth) for n in worlds]
         right.plot(worlds, times, color=colour, label=f"C = {channels}")
@@ -263,14 +272,16 @@ def in_own_network(arguments: list[str]) -> int | None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
     parser.add_argument("--docs", type=Path, help="folder of distributed.md and its plot")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
     chosen = parser.parse_args(arguments)
+    extent = QUICK if chosen.quick else Extent()
     status = in_own_network(arguments)
     if status is not None:
         return status
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
-        for world in WORLDS:
-            torch.multiprocessing.spawn(work, (world, directory), nprocs=world)
+        for world in extent.worlds:
+            torch.multiprocessing.spawn(work, (world, directory, extent), nprocs=world)
             rows += [Row(**row) for row in json.loads(Path(directory, f"{world}.json").read_text())]
     table = markdown(rows)
     latency, bandwidth = fitted(rows)

@@ -1,7 +1,7 @@
 # The torch-free kernels: one source compiled once per instruction set, and the dispatch between them.
 #
 # No flag here lets the compiler change a result: contraction is off, so that no multiplication and addition
-# are fused on one set and not on another, and nothing of -ffast-math is on.
+# are fused on one set and not on another; of -ffast-math only what changes no result is on, no errno and no traps.
 
 set(TORCH_BN_KERNEL_OPTIMISATION -O3 CACHE STRING "How the kernels are optimised; no value changes a result")
 set(TORCH_BN_KERNEL_FLAGS ${TORCH_BN_KERNEL_OPTIMISATION} -ffp-contract=off -fno-math-errno -fno-trapping-math)

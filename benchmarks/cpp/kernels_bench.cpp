@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -43,13 +45,23 @@ std::vector<float> values(std::size_t count) {
   return made;
 }
 
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Array = std::unique_ptr<float, Free>;
+
+// Where torch's allocator starts tensors, and streaming stores need them to.
+Array at_cache_line(std::size_t count) {
+  return Array(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64)));
+}
+
 // The arrays of one shape and the arguments that point at them.
 class Work {
  public:
   Work(const Shape& shape, int threads)
       : x_(values(elements(shape))),
         g_(values(elements(shape))),
-        output_(elements(shape)),
+        output_(at_cache_line(elements(shape))),
         weight_(static_cast<std::size_t>(shape.c), 1.0F),
         bias_(weight_.size()),
         running_mean_(weight_.size()),
@@ -63,7 +75,7 @@ class Work {
     forward.dtype = forward.param_dtype = backward.dtype = backward.param_dtype = DType::f32;
     forward.training = backward.training = true;
     forward.input = backward.input = {x_.data(), row, shape.l, 1};
-    forward.output = backward.grad_input = output_.data();
+    forward.output = backward.grad_input = output_.get();
     forward.weight = backward.weight = {weight_.data(), 1};
     forward.bias = {bias_.data(), 1};
     forward.running_mean = {running_mean_.data(), 1};
@@ -85,14 +97,16 @@ class Work {
   Work& operator=(const Work&) = delete;
 
   [[nodiscard]] const char* source() const { return reinterpret_cast<const char*>(x_.data()); }
-  [[nodiscard]] char* target() { return reinterpret_cast<char*>(output_.data()); }
+  [[nodiscard]] char* target() { return reinterpret_cast<char*>(output_.get()); }
   [[nodiscard]] std::int64_t bytes() const { return static_cast<std::int64_t>(x_.size() * sizeof(float)); }
 
   ForwardArgs forward{};
   BackwardArgs backward{};
 
  private:
-  std::vector<float> x_, g_, output_, weight_, bias_, running_mean_, running_var_, grad_weight_, grad_bias_;
+  std::vector<float> x_, g_;
+  Array output_;
+  std::vector<float> weight_, bias_, running_mean_, running_var_, grad_weight_, grad_bias_;
   std::vector<double> statistics_, scratch_;
 };
 

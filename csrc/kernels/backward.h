@@ -86,6 +86,13 @@ void mask(const Coefficients& of, i64 rows, i64 width, const Block<Storage>& inp
   }
 }
 
+inline void store_sums(const TileSums& sums, Range channels, double* total, double* dot) {
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    total[c] = sums.first[c - channels.begin];
+    dot[c] = sums.second[c - channels.begin];
+  }
+}
+
 // Sums of float64 data, each in kLanes parts: sums of doubles need more care in double.
 template <typename Param, Relu kRelu>
 void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channels, double* total, double* dot) {
@@ -112,10 +119,7 @@ void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channel
                              }));
     }
   }
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    total[c] = sums.first[c - channels.begin];
-    dot[c] = sums.second[c - channels.begin];
-  }
+  store_sums(sums, channels, total, dot);
 }
 
 // Sums by rows behind a ReLU whose mask takes double in some of the channels. A channel's sums are those of any
@@ -141,10 +145,7 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
       sums_by_rows<Element>(views, args.shape, rows, some, GradientTerm<Relu::after, Element>{of}, nullptr, sums);
     else
       masked_sums_by_rows<Element>(views, args.shape, rows, some, of, sums);
-    for (i64 c = some.begin; c < some.end; ++c) {
-      total[c] = sums.first[c - some.begin];
-      dot[c] = sums.second[c - some.begin];
-    }
+    store_sums(sums, some, total, dot);
   };
   TileCoefficients coefficients;
   const Coefficients of = coefficients.view();
@@ -182,10 +183,7 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
   } else {
     TileSums sums = {};
     sums_by_rows<Element>(views, args.shape, rows, channels, GradientTerm<kRelu, Element>{}, nullptr, sums);
-    for (i64 c = channels.begin; c < channels.end; ++c) {
-      total[c] = sums.first[c - channels.begin];
-      dot[c] = sums.second[c - channels.begin];
-    }
+    store_sums(sums, channels, total, dot);
   }
   for (i64 c = channels.begin; c < channels.end; ++c) dot[c] -= args.mean[c] * total[c];
 }

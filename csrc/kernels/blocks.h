@@ -30,12 +30,13 @@ constexpr i64 kMinSegmentOfLines = 1024;
 constexpr i64 kPiece = 4096;
 // Lines shorter than this are summed row by row, because they would not fill the lanes.
 constexpr i64 kMinLine = 32;
-// Arrays over the channels that a segment leaves in scratch, and those of the coefficients behind them.
+// Doubles a channel: of a segment's partial sums, and enough for all coefficients behind them, some of which are
+// floats or bytes.
 constexpr i64 kForwardPartials = 4;
 constexpr i64 kBackwardPartials = 2;
 constexpr i64 kForwardCoefficients = 5;
 constexpr i64 kBackwardCoefficients = 8;
-// Room, in doubles, for each of them and the first partial sum to start at a cache line.
+// Room, in doubles, for each array of coefficients to start at a cache line.
 constexpr i64 kAlignmentRoom = 104;  // at most twelve arrays
 // Elements below which a second thread costs more than it brings.
 constexpr i64 kSerialBelow = 32768;

@@ -14,8 +14,8 @@ namespace {
 
 // Rows that share one load of the coefficients.
 constexpr i64 kRowsAtOnce = 4;
-// Rows of so many channels go one at a time unless a mask makes their coefficients many: several rows that lie a
-// multiple of 4 KiB apart would fill a set of the first-level cache.
+// In cache, rows of so many channels go one at a time unless a mask makes their coefficients many: several rows
+// that lie a multiple of 4 KiB apart would fill a set of the first-level cache.
 constexpr i64 kWideRow = 768;
 // Channels whose coefficients stay in the first-level cache.
 constexpr i64 kPieceChannels = 1024;
@@ -111,7 +111,7 @@ void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range chan
     return;
   }
   i64 n = rows.begin;
-  // Past the caches, narrow rows are written one after the other, in order.
+  // Past the caches, rows of one operand are written one after the other, and of two if the piece is narrow.
   const bool in_order = kStream ? channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels
                                 : !Op::kMasks && channels.size() >= kWideRow;
   for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
@@ -178,7 +178,8 @@ bool can_stream(const Shape& shape, const void* out) {
   return line % 64 == 0 && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
 }
 
-// out[n, c, l] = op(c, view[n, c, l]...) over some units and channels. The first channel is a multiple of 16.
+// out[n, c, l] = op(c, view[n, c, l]...) over some units and channels. The first channel of a
+// matrix is a multiple of 16, so that its vectors can be streamed; for lines can_stream() sees to that.
 template <typename Element, typename Op, typename... Views>
 void for_each_element(const Op& op, const Shape& shape, Range units, Range channels, void* out,
                       const Views&... views) {

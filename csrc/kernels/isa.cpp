@@ -13,7 +13,6 @@ namespace torch_bn::kernels {
 namespace {
 
 struct Forward {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const ForwardArgs& args) {
     forward<Element, Param, kRelu>(args);
@@ -21,7 +20,6 @@ struct Forward {
 };
 
 struct Backward {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const BackwardArgs& args) {
     backward<Element, Param, kRelu>(args);

@@ -125,28 +125,24 @@ void gradient_by_sums(const BackwardArgs& args, const PartialSums& sums) {
 }
 
 struct LocalMoments {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const ForwardArgs& args, double* mean, double* m2) {
     local_moments<Element, kRelu>(args, mean, m2);
   }
 };
 struct NormaliseByParts {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const ForwardArgs& args, const Parts& parts) {
     normalise_by_parts<Element, Param, kRelu>(args, parts);
   }
 };
 struct LocalGradientSums {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const BackwardArgs& args, double* total, double* dot) {
     local_gradient_sums<Element, Param, kRelu>(args, total, dot);
   }
 };
 struct GradientBySums {
-  static constexpr bool kFuses = true;
   template <typename Element, typename Param, Relu kRelu>
   static void run(const BackwardArgs& args, const PartialSums& sums) {
     gradient_by_sums<Element, Param, kRelu>(args, sums);

@@ -1,5 +1,5 @@
 // Access to an array as rows with the channels side by side, whatever its layout: in place where they lie so,
-// else through a packed copy of a block. It is the only place where strides matter to the statistics.
+// else through a packed copy of a block. Lines of one channel are read in sums.h.
 #pragma once
 
 #include "element.h"
@@ -43,29 +43,21 @@ struct alignas(64) Block {
 };
 
 // Channels that fill up the last vector are zero: the arithmetic runs over them and nobody reads the result.
-template <typename Element, typename T>
-void pack(const ArrayView& view, const Shape& shape, Range rows, Range channels, Block<T>& block) {
+template <typename Element, typename Storage = typename Element::Storage>
+void pack(const ArrayView& view, const Shape& shape, Range rows, Range channels, Block<Storage>& block) {
   const i64 width = channels.size();
-  for_each_run<Element>(view, shape, rows, channels.begin,
-                        [&](i64 r, i64 count, const typename Element::Storage* from, i64 step) {
-                          const auto value = [](typename Element::Storage x) {
-                            if constexpr (sizeof(T) == sizeof(x))
-                              return x;
-                            else
-                              return static_cast<T>(Element::load(x));
-                          };
-                          if (view.stride_c == 1) {
-                            for (i64 i = 0; i < count; ++i)
-                              for (i64 c = 0; c < width; ++c) block.at[r + i][c] = value(from[i * step + c]);
-                          } else {
-                            for (i64 c = 0; c < width; ++c)
-                              for (i64 i = 0; i < count; ++i)
-                                block.at[r + i][c] = value(from[c * view.stride_c + i * step]);
-                          }
-                        });
+  for_each_run<Element>(view, shape, rows, channels.begin, [&](i64 r, i64 count, const Storage* from, i64 step) {
+    if (view.stride_c == 1) {
+      for (i64 i = 0; i < count; ++i)
+        for (i64 c = 0; c < width; ++c) block.at[r + i][c] = from[i * step + c];
+    } else {
+      for (i64 c = 0; c < width; ++c)
+        for (i64 i = 0; i < count; ++i) block.at[r + i][c] = from[c * view.stride_c + i * step];
+    }
+  });
   const i64 filled = round_up(width, kWidth);
   for (i64 r = 0; width < filled && r < rows.size(); ++r)
-    for (i64 c = width; c < filled; ++c) block.at[r][c] = T{};
+    for (i64 c = width; c < filled; ++c) block.at[r][c] = Storage{};
 }
 
 // Whether all rows lie at one distance from each other, channels side by side.

@@ -6,10 +6,9 @@
 namespace torch_bn::kernels {
 namespace {
 
-// Calls Call::run<Element, Param, Relu>(args, more...); without a ReLU only, where Call::kFuses is false.
+// Calls Call::run<Element, Param, Relu>(args, more...).
 template <typename Call, typename Element, typename Param, typename Args, typename... More>
 void with_relu(const Args& args, More... more) {
-  if constexpr (!Call::kFuses) return Call::template run<Element, Param, Relu::none>(args, more...);
   switch (args.relu) {
     case Relu::none:
       return Call::template run<Element, Param, Relu::none>(args, more...);

@@ -1,11 +1,8 @@
-#include <c10/util/Exception.h>
 #include <omp.h>
 #include <torch/version.h>
 #include <torch_bn/build_info.h>
 
-#include <stdexcept>
-
-#include "../kernels/dispatch.h"
+#include "../ops/kernel_args.h"
 
 namespace torch_bn {
 
@@ -17,11 +14,7 @@ BuildInfo build_info() {
   info.openmp = _OPENMP;
   info.isas_built = kernels::built_isas();
   info.isas_supported = kernels::supported_isas();
-  try {
-    info.isa = kernels::active().isa;
-  } catch (const std::runtime_error& error) {
-    TORCH_CHECK(false, error.what());
-  }
+  info.isa = ops::active_kernels().isa;
   return info;
 }
 

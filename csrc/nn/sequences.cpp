@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../ops/ghost.h"
@@ -19,8 +20,6 @@ at::Tensor ordinary(const at::Tensor& input, const Layer& layer) {
 
 at::Tensor in_chunks(const at::Tensor& input, const Layer& layer, std::optional<int64_t> virtual_batch_size) {
   if (!virtual_batch_size) return ordinary(input, layer);
-  TORCH_CHECK_VALUE(*virtual_batch_size >= 1, "virtual_batch_size should be positive, but got ",
-                    *virtual_batch_size);
   const at::Tensor& counter = layer.num_batches_tracked;
   if (!counter.defined() || counter.scalar_type() == at::kLong)
     return ops::ghost_batch_norm(input, ops::optional_of(layer.weight), ops::optional_of(layer.bias),
@@ -55,8 +54,6 @@ at::Tensor mask_of(const at::Tensor& steps, int64_t rows, int64_t length) {
 
 // The steps that count of so many sequences each; fewer than two of the last chunk join the chunk before.
 std::vector<at::Tensor> chunks_of(const at::Tensor& packed, const at::Tensor& mask, int64_t virtual_batch_size) {
-  TORCH_CHECK_VALUE(virtual_batch_size >= 1, "virtual_batch_size should be positive, but got ",
-                    virtual_batch_size);
   std::vector<int64_t> counts;
   for (const at::Tensor& part : mask.split(virtual_batch_size)) counts.push_back(part.sum().item<int64_t>());
   if (counts.size() > 1 && counts.back() < 2) {
@@ -67,9 +64,15 @@ std::vector<at::Tensor> chunks_of(const at::Tensor& packed, const at::Tensor& ma
   return packed.split_with_sizes(counts);
 }
 
+void check_size(const std::optional<int64_t>& virtual_batch_size) {
+  TORCH_CHECK_VALUE(!virtual_batch_size || *virtual_batch_size >= 1,
+                    "virtual_batch_size should be positive, but got ", virtual_batch_size.value_or(0));
+}
+
 }  // namespace
 
 at::Tensor sequences(const at::Tensor& input, const Layer& layer) {
+  check_size(layer.virtual_batch_size);
   if (!layer.channels_last || input.dim() == 2) return in_chunks(input, layer, layer.virtual_batch_size);
   const int64_t rows = input.size(0);
   const int64_t length = input.size(1);
@@ -77,7 +80,7 @@ at::Tensor sequences(const at::Tensor& input, const Layer& layer) {
   // A matrix of steps without a copy, as of contiguous sequences and of slices of their channels.
   if (length > 0 && (input.is_contiguous() || input.stride(0) == length * input.stride(1))) {
     auto of_steps = layer.virtual_batch_size;
-    if (of_steps) of_steps = *of_steps * length;
+    if (of_steps) of_steps = std::min(*of_steps, std::max<int64_t>(rows, 1)) * length;
     return in_chunks(input.flatten(0, 1), layer, of_steps).view(input.sizes());
   }
   // The kernels read any strides in place; what they wrote is put in order.
@@ -85,6 +88,7 @@ at::Tensor sequences(const at::Tensor& input, const Layer& layer) {
 }
 
 at::Tensor masked_sequences(const at::Tensor& input, const at::Tensor& steps, const Layer& layer) {
+  check_size(layer.virtual_batch_size);
   TORCH_CHECK_VALUE(input.dim() == 3, "expected 3D input with lengths or mask (got ", input.dim(), "D input)");
   const at::Tensor by_steps = layer.channels_last ? input : input.transpose(1, 2);  // (N, L, C)
   const at::Tensor mask = mask_of(steps, by_steps.size(0), by_steps.size(1));

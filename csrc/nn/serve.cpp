@@ -3,19 +3,16 @@
 #include <torch/nn/functional/batchnorm.h>
 
 namespace torch_bn::nn {
-namespace {
-
-// The share of the coming batch in the running statistics.
 double factor_of(std::optional<double> momentum, const at::Tensor& num_batches_tracked) {
   if (momentum) return *momentum;
   return num_batches_tracked.defined() ? 1.0 / (num_batches_tracked.item<double>() + 1.0) : 0.0;
 }
 
-// Module::to(dtype) in C++ converts the counter too, as torch's layer takes one of any type. Our operator does
-// not.
 bool is_counted_apart(const at::Tensor& num_batches_tracked) {
   return num_batches_tracked.defined() && num_batches_tracked.scalar_type() != at::kLong;
 }
+
+namespace {
 
 // What the forward of torch's layer does, but for one thing: the counter is last to change.
 at::Tensor by_torch(ops::Relu relu, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,

@@ -16,4 +16,11 @@ torch::Tensor batch_norm(ops::Relu relu, const torch::Tensor& input, const torch
                          const torch::Tensor& running_var, const torch::Tensor& num_batches_tracked, bool training,
                          std::optional<double> momentum, double eps);
 
+// The share of the coming batch in the running statistics.
+double factor_of(std::optional<double> momentum, const torch::Tensor& num_batches_tracked);
+
+// Module::to(dtype) in C++ converts the counter too, as torch's layer takes one of any type. Our operators do not:
+// they are called without it and with factor_of(), and it is counted here.
+bool is_counted_apart(const torch::Tensor& num_batches_tracked);
+
 }  // namespace torch_bn::nn

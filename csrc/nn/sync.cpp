@@ -37,6 +37,8 @@ template <typename Derived>
 torch::Tensor SyncBatchNormImplBase<Derived>::forward(const torch::Tensor& input) {
   constexpr ops::Relu kRelu = relu_of<Derived>();
   TORCH_CHECK(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
+  TORCH_CHECK(!this->options.virtual_batch_size() && !this->options.channels_last(), Derived::layer_name(),
+              " has neither virtual_batch_size nor channels_last");
   const bool training = this->is_training();
   const bool tracks = this->options.track_running_stats();
   const int64_t processes = training && !group_.empty() ? c10d::resolve_process_group(group_)->getSize() : 1;
@@ -45,11 +47,15 @@ torch::Tensor SyncBatchNormImplBase<Derived>::forward(const torch::Tensor& input
                           training && tracks ? this->num_batches_tracked : torch::Tensor(), training || !tracks,
                           this->options.momentum(), this->options.eps());
   TORCH_CHECK(input.is_cpu(), Derived::layer_name(), " expected its input on CPU (got ", input.device(), ")");
+  const torch::Tensor& counter = this->num_batches_tracked;
+  const bool apart = nn::is_counted_apart(counter);
   const bool agree = !agreed_ || checks_every_call();
   auto output = ops::sync::batch_norm(
       input, ops::optional_of(this->weight), ops::optional_of(this->bias), ops::optional_of(this->running_mean),
-      ops::optional_of(this->running_var), ops::optional_of(this->num_batches_tracked), this->options.momentum(),
-      this->options.eps(), group_, processes, name_, agree, static_cast<int64_t>(kRelu));
+      ops::optional_of(this->running_var), apart ? std::nullopt : ops::optional_of(counter),
+      apart ? nn::factor_of(this->options.momentum(), counter) : this->options.momentum(), this->options.eps(),
+      group_, processes, name_, agree, static_cast<int64_t>(kRelu));
+  if (apart) counter.add_(1);
   agreed_ = true;
   return output;
 }

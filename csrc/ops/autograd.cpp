@@ -35,8 +35,7 @@ OutputAndStats forward_below(const at::Tensor& input, const std::optional<at::Te
                                              options.num_batches_tracked, options.training, options.momentum,
                                              options.eps, options.relu);
     if (options.training)
-      for (const auto* written : {&options.running_mean, &options.running_var, &options.num_batches_tracked})
-        if (is_given(*written) && !(*written)->is_inference()) bump_versions({written});
+      bump_versions({&options.running_mean, &options.running_var, &options.num_batches_tracked});
     return result;
   }
   at::AutoDispatchBelowAutograd guard;
@@ -88,6 +87,7 @@ struct BatchNorm : Function<BatchNorm> {
     variable_list kept{input, tensor_or_undefined(weight), stats};
     if (is(options.relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
     ctx->save_for_backward(std::move(kept));
+    ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["flags"] = Flags{options.training, is_given(bias), options.relu}.packed();
     if (is_given(bias) && bias->dim() != 1) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
@@ -96,26 +96,22 @@ struct BatchNorm : Function<BatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(5);
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
     const Flags flags(ctx->saved_data["flags"].toInt());
-    // Edges are numbered over the arguments that were given.
-    const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-                             flags.has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
+    const OutputMask mask = wanted(*ctx, weight.defined(), flags.has_bias);
     const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
     const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grads[0]) &&
                        is_plain(saved[0]) && is_plain(saved[2]) && (!weight.defined() || is_plain(weight)) &&
                        is_plain(bias) && !needs_decomposition(grads[0], saved[0], optional_of(weight));
-    auto [grad_input, grad_weight, grad_bias] =
-        plain ? batch_norm_backward_at_once(mask[0] && may_overwrite(grads[0], saved[0]) ? grads[0] : at::Tensor(),
-                                            grads[0], saved[0], optional_of(weight), saved[2], flags.training,
-                                            mask, bias, flags.relu)
-              : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], flags.training,
-                                    ctx->saved_data["eps"].toDouble(), mask, bias, flags.relu);
-    // Parameters may have any shape with C elements.
-    if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
-    if (const auto sizes = ctx->saved_data.find("bias_sizes"); mask[2] && sizes != ctx->saved_data.end())
-      grad_bias = grad_bias.reshape_symint(sizes->second.toSymIntVector());
+    auto gradients = plain ? batch_norm_backward_at_once(
+                                 mask[0] && may_overwrite(grads[0], saved[0]) ? grads[0] : at::Tensor(), grads[0],
+                                 saved[0], optional_of(weight), saved[2], flags.training, mask, bias, flags.relu)
+                           : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], flags.training,
+                                                 ctx->saved_data["eps"].toDouble(), mask, bias, flags.relu);
+    reshape_parameters(gradients, mask, weight, entry_of(*ctx, "bias_sizes"));
+    auto& [grad_input, grad_weight, grad_bias] = gradients;
     return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
@@ -172,7 +168,6 @@ OutputAndStats record_plain(const at::Tensor& input, const std::optional<at::Ten
     output = BatchNorm::forward(&node->ctx_, input, weight, bias, options, StatsResult{&stats});
   }
   torch::autograd::set_history(output, node);
-  node->output_info_.emplace_back(output);
   node->save_variables_to_ctx();
   return {std::move(output), std::move(stats)};
 }

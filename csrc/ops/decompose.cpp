@@ -80,7 +80,7 @@ at::Tensor output_of(const Rows& rows, const Normalised& normalised, const std::
   return output;
 }
 
-// What passes a ReLU whose operand was x; the gradient of an operand that is NaN passes.
+// Where a ReLU whose operand was x blocks the gradient; where x is NaN it passes.
 at::Tensor blocked_by_relu(const at::Tensor& x) {
   return x.detach() <= 0;
 }
@@ -159,7 +159,7 @@ Gradients backward(const at::Tensor& grad_output, const at::Tensor& given, const
     if (is(relu, Relu::before)) grad_input = grad_input.masked_fill(blocked_by_relu(given), 0);
     grad_input = grad_input.to(input.scalar_type());
   }
-  const auto dtype = is_given(weight) ? weight->scalar_type() : input.scalar_type();
+  const auto dtype = parameter_dtype(input, bias, weight);
   if (output_mask[1]) grad_weight = rows.sum(g * by.xhat).to(dtype);
   if (output_mask[2]) grad_bias = rows.sum(g).to(dtype);
   return {grad_input, grad_weight, grad_bias};

@@ -155,6 +155,7 @@ struct GhostBatchNorm : Function<GhostBatchNorm> {
                             StatsResult result) {
     auto [output, stats] = ghost_forward_below(input, weight, bias, options);
     ctx->save_for_backward({input, tensor_or_undefined(weight), stats});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = options.eps;
     ctx->saved_data["virtual_batch_size"] = options.virtual_batch_size;
     if (is_given(bias)) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
@@ -163,20 +164,16 @@ struct GhostBatchNorm : Function<GhostBatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(5);
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
-    const auto bias_sizes = ctx->saved_data.find("bias_sizes");
-    const bool has_bias = bias_sizes != ctx->saved_data.end();
-    // Edges are numbered over the arguments that were given.
-    const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-                             has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
-    auto [grad_input, grad_weight, grad_bias] = ghost_batch_norm_backward(
-        grads[0], saved[0], optional_of(weight), saved[2], ctx->saved_data["eps"].toDouble(),
-        ctx->saved_data["virtual_batch_size"].toInt(), mask);
-    // Parameters may have any shape with C elements.
-    if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
-    if (mask[2] && bias_sizes->second.toListRef().size() != 1)
-      grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
+    const auto* bias_sizes = entry_of(*ctx, "bias_sizes");
+    const OutputMask mask = wanted(*ctx, weight.defined(), bias_sizes != nullptr);
+    auto gradients = ghost_batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2],
+                                               ctx->saved_data["eps"].toDouble(),
+                                               ctx->saved_data["virtual_batch_size"].toInt(), mask);
+    reshape_parameters(gradients, mask, weight, bias_sizes);
+    auto& [grad_input, grad_weight, grad_bias] = gradients;
     return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };

@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <optional>
+#include <string>
 
 #include "ops.h"
 
@@ -47,9 +49,10 @@ struct StatsResult {
 };
 
 // Statistics and counter are written through raw pointers, which autograd's version counters do not see.
+// Tensors of inference mode have none.
 inline void bump_versions(std::initializer_list<const std::optional<at::Tensor>*> written) {
   for (const auto* tensor : written)
-    if (is_given(*tensor)) torch::autograd::impl::bump_version(**tensor);
+    if (is_given(*tensor) && !(*tensor)->is_inference()) torch::autograd::impl::bump_version(**tensor);
 }
 
 // A recorded backward returns the gradients that its mask asks for, and no others, in order.
@@ -58,6 +61,27 @@ inline torch::autograd::variable_list asked_for(const Gradients& gradients) {
   for (const at::Tensor& gradient : {std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)})
     if (gradient.defined()) results.push_back(gradient);
   return results;
+}
+
+// Which gradients a Function's backward is asked for; edges are numbered over the arguments that were given.
+inline OutputMask wanted(const torch::autograd::AutogradContext& ctx, bool has_weight, bool has_bias) {
+  return {ctx.needs_input_grad(0), has_weight && ctx.needs_input_grad(1),
+          has_bias && ctx.needs_input_grad(has_weight ? 2 : 1)};
+}
+
+// Parameters may have any shape with C elements, and their gradients get it; null sizes are (C).
+inline void reshape_parameters(Gradients& gradients, const OutputMask& mask, const at::Tensor& weight,
+                               const c10::IValue* bias_sizes) {
+  auto& [grad_input, grad_weight, grad_bias] = gradients;
+  if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
+  if (mask[2] && bias_sizes != nullptr && bias_sizes->toListRef().size() != 1)
+    grad_bias = grad_bias.reshape_symint(bias_sizes->toSymIntVector());
+}
+
+// An entry of a Function's dictionary, null if there is none.
+inline const c10::IValue* entry_of(const torch::autograd::AutogradContext& ctx, const std::string& name) {
+  const auto found = ctx.saved_data.find(name);
+  return found == ctx.saved_data.end() ? nullptr : &found->second;
 }
 
 // The other way: each at its place, undefined where none was asked for.

@@ -1,5 +1,6 @@
 // Batch norm over the processes of a group: the private operators it is made of, and the public one. What travels
-// between the processes does so in torch's own functional collectives, by the group's name.
+// does so in one all-gather of the group, found by its name; in torch's functional collective where a call is
+// traced.
 #pragma once
 
 #include <string>

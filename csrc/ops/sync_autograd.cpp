@@ -130,11 +130,8 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& input = saved[0];
     const at::Tensor& weight = saved[1];
-    const auto bias_sizes = ctx->saved_data.find("bias_sizes");
-    const bool has_bias = bias_sizes != ctx->saved_data.end();
-    // Edges are numbered over the arguments that were given.
-    const OutputMask mask = {ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-                             has_bias && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
+    const auto* bias_sizes = entry_of(*ctx, "bias_sizes");
+    const OutputMask mask = wanted(*ctx, weight.defined(), bias_sizes != nullptr);
     const auto bias = optional_of(saved[3]);
     const BackwardOptions options{bias,
                                   saved[2],
@@ -152,11 +149,8 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
     } else {
       gradients = backward_below(grads[0], input, optional_of(weight), options);
     }
+    reshape_parameters(gradients, mask, weight, bias_sizes);
     auto& [grad_input, grad_weight, grad_bias] = gradients;
-    // Parameters may have any shape with C elements.
-    if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
-    if (mask[2] && bias_sizes->second.toListRef().size() != 1)
-      grad_bias = grad_bias.reshape_symint(bias_sizes->second.toSymIntVector());
     return {grad_input, grad_weight, grad_bias, {}};
   }
 };

@@ -54,6 +54,7 @@ PyObject* layer_forward(PyObject* /*module*/, PyObject* const* arguments, Py_ssi
   PyObject* const momentum = arguments[5];
   PyObject* const eps = arguments[6];
   const long relu = PyLong_AsLong(arguments[7]);
+  if (relu == -1 && PyErr_Occurred() != nullptr) return nullptr;
   const bool usual = relu >= 0 && relu <= 2 && THPVariable_CheckExact(input) && PyDict_CheckExact(parameters) &&
                      PyDict_CheckExact(buffers) && PyBool_Check(arguments[3]) && PyBool_Check(arguments[4]) &&
                      PyFloat_CheckExact(eps) && (Py_IsNone(momentum) || PyFloat_CheckExact(momentum)) &&

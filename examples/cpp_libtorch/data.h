@@ -18,7 +18,7 @@ struct Dataset {
 };
 
 // From the four IDX files in a folder, plain or .gz; inputs are scaled by the mean and standard deviation over all
-// pixels of all training images. Throws std::runtime_error, with one line, for unusable files.
+// pixels of the images trained on. Throws std::runtime_error, with one line, for unusable files.
 Dataset load_mnist(const std::string& folder);
 
 // The batches of a split, in an order that depends on the seed and the epoch alone: so nothing about the order has

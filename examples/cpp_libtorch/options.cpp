@@ -7,7 +7,7 @@
 const char* const kUsage =
     "usage: train_mlp [options]\n"
     "\n"
-    "Trains an MLP on MNIST with torch_bn::BatchNorm1d, and proves step by step, beside\n"
+    "Trains an MLP on MNIST with torch_bn::BatchNorm1d, and proves at many steps, beside\n"
     "torch::nn::BatchNorm1d and against float64, that it computes the right thing.\n"
     "\n"
     "  --data DIR            folder with MNIST's four IDX files, plain or .gz (default: $TORCH_BN_MNIST)\n"

@@ -84,6 +84,31 @@ struct Stored {
   }
 };
 
+// Where a kernel writes what is to end in `values`: there, or at the start of a cache line, as streaming stores
+// need.
+template <typename T>
+class Target {
+ public:
+  Target(std::vector<T>& values, bool aligned)
+      : values_(values), room_(aligned ? values.size() + 64 / sizeof(T) : 0) {}
+
+  T* data() {
+    if (room_.empty()) return values_.data();
+    const auto address = reinterpret_cast<std::uintptr_t>(room_.data());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+  void fill() {
+    if (!room_.empty()) std::memcpy(data(), values_.data(), values_.size() * sizeof(T));
+  }
+  void done() {
+    if (!room_.empty()) std::memcpy(values_.data(), data(), values_.size() * sizeof(T));
+  }
+
+ private:
+  std::vector<T>& values_;
+  std::vector<T> room_;
+};
+
 template <typename T>
 struct Results {
   std::vector<T> output, grad_input, grad_weight, grad_bias, running_mean, running_var;
@@ -176,13 +201,15 @@ struct Problem {
     ForwardArgs forward = forward_args(shape, threads);
     forward.training = training;
     forward.input = input.view;
-    forward.output = r.output.data();
+    Target<T> output(r.output, stream_from == 0);
+    forward.output = output.data();
     forward.running_mean = {r.running_mean.data(), 1};
     forward.running_var = {r.running_var.data(), 1};
     forward.mean = r.mean.data();
     forward.invstd = r.invstd.data();
     forward.scratch = scratch.data();
     table.forward(forward);
+    output.done();
 
     scratch.assign(backward_scratch(shape), kUnset);
     BackwardArgs backward = backward_args(shape, threads);
@@ -191,15 +218,18 @@ struct Problem {
     backward.input = input.view;
     backward.mean = r.mean.data();
     backward.invstd = r.invstd.data();
-    backward.grad_input = r.grad_input.data();
+    if (in_place) r.grad_input = g;
+    Target<T> grad_input(r.grad_input, stream_from == 0);
+    backward.grad_input = grad_input.data();
     backward.grad_weight = r.grad_weight.data();
     backward.grad_bias = r.grad_bias.data();
     backward.scratch = scratch.data();
     if (in_place) {
-      r.grad_input = g;
-      backward.grad_output = {r.grad_input.data(), shape.c * shape.l, shape.l, 1};
+      grad_input.fill();
+      backward.grad_output = {grad_input.data(), shape.c * shape.l, shape.l, 1};
     }
     table.backward(backward);
+    grad_input.done();
     return r;
   }
 };

@@ -115,8 +115,7 @@ TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
     const auto begin = rank == 0 ? 0 : 13;
     const auto end = rank == 0 ? 13 : 20;
     torch_bn::SyncBatchNorm1d layer(torch_bn::BatchNorm1dOptions(7), group, "bn");
-    for (auto* each : {&layer->weight, &layer->bias, &layer->running_mean, &layer->running_var})
-      each->set_data(each->data().to(torch::kDouble));
+    layer->to(torch::kDouble);  // the counter too
     auto own = x.slice(0, begin, end).clone().requires_grad_();
     auto y = layer->forward(own);
     y.backward(g.slice(0, begin, end));
@@ -124,6 +123,7 @@ TEST(SyncBatchNorm1d, TwoMembersAreOneLayerWithTheWholeBatch) {
     gradients[rank] = own.grad();
     weights[rank] = layer->weight.grad();
     variances[rank] = layer->running_var;
+    EXPECT_EQ(layer->num_batches_tracked.item<double>(), 1);
   });
   // The same sums of 20 numbers in float64, in another order.
   EXPECT_TRUE(torch::allclose(torch::cat({outputs[0], outputs[1]}), want, 1e-12, 1e-12));
@@ -186,6 +186,20 @@ TEST_P(WithAndWithoutStore, MembersThatDifferThrowBoth) {
   c10::intrusive_ptr<c10d::Store> store;
   if (GetParam()) store = c10::make_intrusive<c10d::HashStore>();
   together(member, store);
+}
+
+TEST(SyncBatchNorm1d, OptionsThatItHasNotAreRefused) {
+  const torch_bn::BatchNorm1dOptions plain(5);
+  for (const auto& options : {torch_bn::BatchNorm1dOptions(plain).channels_last(true),
+                              torch_bn::BatchNorm1dOptions(plain).virtual_batch_size(2)}) {
+    torch_bn::SyncBatchNorm1d layer(options, "group", "bn");
+    try {
+      layer->forward(torch::randn({4, 5, 5}));
+      ADD_FAILURE() << "it went on";
+    } catch (const c10::Error& error) {
+      EXPECT_NE(std::string(error.what()).find("neither virtual_batch_size nor channels_last"), std::string::npos);
+    }
+  }
 }
 
 TEST(SyncBatchNorm1d, AStoreThatIsGoneIsAProcessThatDidNotCome) {

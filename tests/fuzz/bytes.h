@@ -16,10 +16,11 @@ class Bytes {
   bool flag() { return (next() & 1) != 0; }
   // From low to high, both included.
   std::int64_t number(std::int64_t low, std::int64_t high) {
-    const std::int64_t value = next() | next() << 8;
+    const std::int64_t low_byte = next();
+    const std::int64_t value = low_byte | std::int64_t{next()} << 8;
     return low + value % (high - low + 1);
   }
-  // Fills an array with what is left, again and again; leaves nothing over.
+  // Fills an array with what is left, again and again, and takes none of it away.
   void fill(void* target, std::size_t bytes) {
     auto* out = static_cast<std::uint8_t*>(target);
     const std::size_t rest = size_ - at_;

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_bn
@@ -192,3 +195,60 @@ def test_gradient_hooks_of_tensors_and_parameters(layer_type: Layer) -> None:
     assert sorted(seen) == ["bias", "layer", "weight"]
     assert torch.equal(layer.weight.grad, 2 * want[1])
     assert torch.equal(x.grad, want[0])
+
+
+class Blocks(torch.autograd.Function):
+    """Hands no gradient on."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, _gradient: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.BatchNorm1d(3),
+        torch_bn.BatchNorm1d(3),
+        torch_bn.BatchNormReLU1d(3),
+        torch_bn.ReLUBatchNorm1d(3),
+        torch_bn.BatchNorm1d(3, virtual_batch_size=2),
+    ],
+    ids=["torch", "torch_bn", "BatchNormReLU1d", "ReLUBatchNorm1d", "ghost"],
+)
+def test_no_gradient_goes_in_and_none_comes_out(layer: torch.nn.Module) -> None:
+    """None, and not zeros: an optimiser with momentum or weight decay would move by those."""
+    x = torch.randn(4, 3, requires_grad=True)
+    Blocks.apply(layer(x)).sum().backward()
+    assert gradients(layer, x) == [None, None, None]
+
+
+class LooksOn(TorchDispatchMode):
+    """Sees every operator and changes nothing."""
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, LooksOn])
+@pytest.mark.parametrize("virtual_batch_size", [None, 2])
+def test_statistics_made_in_inference_mode_are_updated(
+    mode: Any, virtual_batch_size: int | None
+) -> None:
+    """They have no version that could be counted, which must not be found out after the update."""
+    layer = torch_bn.BatchNorm1d(3, virtual_batch_size=virtual_batch_size)
+    twin = copy.deepcopy(layer)
+    with torch.inference_mode():
+        layer.running_mean, layer.running_var = torch.zeros(3), torch.ones(3)
+    x = torch.randn(4, 3)
+    with mode():
+        layer(x)
+    twin(x)
+    for name, value in twin.named_buffers():
+        assert torch.equal(getattr(layer, name), value), name

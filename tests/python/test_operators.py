@@ -219,3 +219,22 @@ def test_autocast(
     torch.testing.assert_close(y.float(), want, rtol=0, atol=bound * 1.01)
     y.float().pow(2).sum().backward()
     assert layer.weight.grad.dtype == linear.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["none", "bias", "both"])
+def test_types_of_gradients_under_vmap(name: str) -> None:
+    """The decomposition gives gradients of the kernels' types, also where there is no weight."""
+    x, gradient = torch.randn(2, 2, 6, 3).bfloat16()
+    stats = torch.ones(2, 3, dtype=torch.double)
+    weight = torch.ones(3) if name == "both" else None
+    bias = None if name == "none" else torch.zeros(3)
+
+    def gradients(g: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = OPS.batch_norm_backward(
+            g, x, weight, stats, True, 1e-5, [True] * 3, bias, 0
+        )
+        return result
+
+    want = [each.dtype for each in gradients(gradient[0], x[0])]
+    assert want == [torch.bfloat16, torch.float32, torch.float32]
+    assert [each.dtype for each in torch.func.vmap(gradients)(gradient, x)] == want

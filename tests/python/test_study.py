@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from mlp.checkpoint import Interruption
-from mlp.data import Dataset, load_dataset
+from mlp.data import Dataset, Split, load_dataset
 from study import __main__ as program
 from study import runner
 from study.catalogue import EXPERIMENTS
@@ -90,6 +90,29 @@ def test_two_experiments_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/*/*.json")}
     assert study(tmp_path, "--only", "1", "2") == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/*/*.json")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_from_its_plan_to_the_page(
+    name: str, tmp_path: Path, digits: Dataset
+) -> None:
+    """On so little data that claims fall as they like; the page says what was seen of each."""
+    splits = [
+        Split(split.images[:count], split.labels[:count])
+        for split, count in ((digits.train, 160), (digits.validation, 40), (digits.test, 40))
+    ]
+    experiment, little = EXPERIMENTS[name], Dataset("few digits", digits.source, *splits)
+    runs = run_all(experiment, little, tmp_path, Interruption())[name]
+    assert [run.settings for run in runs] == experiment.plan(True)
+    found = section(experiment, runs)
+    write(tmp_path / "report.html", [found], {"torch": "1"}, quick=True)
+    page = self_contained(tmp_path / "report.html")
+    words = " ".join(" ".join(page.words).split())
+    assert found["claims"]
+    for claim in found["claims"]:
+        for each in (claim.statement, claim.expected, claim.seen):
+            assert " ".join(each.split()) in words
+    assert sum(each.startswith("data:") for each in page.references) == len(found["figures"]) > 0
 
 
 def test_wrong_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

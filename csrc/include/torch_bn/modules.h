@@ -37,11 +37,13 @@ class BatchNormImplBase : public torch::nn::Cloneable<Derived> {
   /// The options this module was made with. A new eps or momentum takes effect at the next forward.
   BatchNorm1dOptions options;
 
-  torch::Tensor weight;               ///< (C), defined if `affine`
-  torch::Tensor bias;                 ///< (C), defined if `affine` and `bias`
-  torch::Tensor running_mean;         ///< (C), defined if `track_running_stats`
-  torch::Tensor running_var;          ///< (C), unbiased, defined if `track_running_stats`
-  torch::Tensor num_batches_tracked;  ///< int64 without dimensions: forwards in training
+  torch::Tensor weight;        ///< (C), defined if `affine`
+  torch::Tensor bias;          ///< (C), defined if `affine` and `bias`
+  torch::Tensor running_mean;  ///< (C), defined if `track_running_stats`
+  torch::Tensor running_var;   ///< (C), unbiased, defined if `track_running_stats`
+  /// Without dimensions, int64 until `Module::to(dtype)` converts it; defined if `track_running_stats`: the
+  /// batches, or with `virtual_batch_size` the chunks, seen in training.
+  torch::Tensor num_batches_tracked;
 };
 
 }  // namespace detail
@@ -68,9 +70,15 @@ class BatchNorm1dImpl : public detail::BatchNormImplBase<BatchNorm1dImpl> {
   /// The same of padded sequences: steps that do not count are left out of the statistics, whatever they hold.
   /// They are zero in the result, and get no gradient.
   ///
-  /// \param input (N, C, L), with `channels_last` (N, L, C)
+  /// ```cpp
+  /// torch_bn::BatchNorm1d layer(torch_bn::BatchNorm1dOptions(64).channels_last(true));
+  /// auto y = layer->forward_masked(torch::randn({3, 7, 64}), torch::tensor({7, 3, 5}));
+  /// ```
+  ///
+  /// \param input (N, C, L), with `channels_last` (N, L, C); float32, float64, bfloat16 or float16, of any strides
   /// \param steps how many steps count in each sequence, an integer tensor (N) of values in [0, L]; or which steps
   ///   count, a bool tensor (N, L)
+  /// \return a contiguous tensor of the input's shape and type
   /// \throws c10::Error also if `steps` does not fit the input, or fewer than two steps count in training
   torch::Tensor forward_masked(const torch::Tensor& input, const torch::Tensor& steps);
 

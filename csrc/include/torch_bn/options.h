@@ -27,7 +27,7 @@ struct BatchNorm1dOptions {
   /// Number of channels C of the input. Read when a module is made or reset.
   TORCH_ARG(int64_t, num_features);
 
-  /// Added to the variance; positive.
+  /// Added to the variance; positive in training.
   TORCH_ARG(double, eps) = 1e-5;
 
   /// Share of each batch in the running statistics, or `std::nullopt` for the average of all batches.

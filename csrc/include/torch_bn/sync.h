@@ -15,7 +15,7 @@ namespace detail {
 template <typename Derived>
 class SyncBatchNormImplBase : public BatchNormImplBase<Derived> {
  public:
-  /// \param options those of `BatchNorm1d`
+  /// \param options those of `BatchNorm1d` but virtual_batch_size and channels_last, which forward refuses
   /// \param group name under which `c10d::register_process_group` knows the group; empty for a layer alone, which
   ///   is the layer of one process
   /// \param name the layer as messages name it, and by which the processes tell their layers apart: the same in
