@@ -166,13 +166,13 @@ TEST(GuardsDeathTest, FaultPastEitherEndAndAfterwards) {
   EXPECT_DEATH(read(Side::end, 5), "");
   EXPECT_DEATH(
       {
-        std::uintptr_t gone = 0;  // a number, as the compiler sees through a pointer
+        volatile std::uintptr_t gone = 0;  // a number that the compiler does not follow
         {
           const Guarded guarded(Side::end);
           const std::vector<float> array(5);
           gone = reinterpret_cast<std::uintptr_t>(array.data());
         }
-        std::printf("%f", static_cast<double>(*reinterpret_cast<const volatile float*>(gone)));
+        std::printf("%f", static_cast<double>(*reinterpret_cast<const volatile float*>(std::uintptr_t{gone})));
       },
       "");
 }

@@ -230,9 +230,7 @@ def test_no_gradient_goes_in_and_none_comes_out(layer: torch.nn.Module) -> None:
 class LooksOn(TorchDispatchMode):
     """Sees every operator and changes nothing."""
 
-    def __torch_dispatch__(
-        self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
