@@ -402,6 +402,17 @@ def test_copies_of_a_converted_subclass(how: str) -> None:
     assert type(torch_bn.revert(other)) is ClampedNorm
 
 
+class KnowsHowToBePickled(torch.nn.BatchNorm1d):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return KnowsHowToBePickled, (self.num_features,)
+
+
+def test_a_converted_subclass_that_pickles_itself_does_so() -> None:
+    layer = torch_bn.convert(KnowsHowToBePickled(C), subclasses=True)
+    assert type(layer) is not KnowsHowToBePickled
+    assert type(pickle.loads(pickle.dumps(layer))) is KnowsHowToBePickled
+
+
 def test_a_converted_subclass_through_torch_save() -> None:
     layer = torch_bn.convert(ClampedNorm(C), subclasses=True)
     parametrised = copy.deepcopy(layer)

@@ -172,6 +172,10 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, x: F.relu(m.norm(m.dense(x))) if m.training else m.norm(m.dense(x)),
         "norm + F.relu: left alone, they do not always follow each other",
     ),
+    "a function in training, a module in evaluation": (
+        lambda m, x: (F.relu if m.training else m.act)(m.norm(m.dense(x))),
+        "norm + F.relu: left alone, they do not always follow each other",
+    ),
     "a forward that knows the mode": (
         lambda m, x: F.dropout(F.relu(m.norm(m.dense(x))), 0.5, m.training),
         "norm + F.relu: left alone, the model's forward is another in training than in evaluation",

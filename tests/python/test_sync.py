@@ -307,6 +307,7 @@ def test_refusals(results: list[Results]) -> None:
 def test_without_a_group_it_is_the_ordinary_layer() -> None:
     source = problem((48, 33), torch.float32)
     found = run_alone(torch_bn.SyncBatchNorm1d, source)
+    assert torch_bn.SyncBatchNorm1d(33).process_group is None
     want = run_alone(torch_bn.BatchNorm1d, source)
     assert all(torch.equal(found[name], want[name]) for name in QUANTITIES)
 
