@@ -118,8 +118,12 @@ def interrupted(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "bit", "other", "missing"])
-def test_damaged_checkpoint_is_refused(damage: str, interrupted: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "text", "bit", "other", "missing", "beyond the end", "large"]
+)
+def test_damaged_checkpoint_is_refused(
+    damage: str, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = bytearray(interrupted.read_bytes())
     if damage == "empty":
         interrupted.write_bytes(b"")
@@ -132,6 +136,14 @@ def test_damaged_checkpoint_is_refused(damage: str, interrupted: Path) -> None:
         interrupted.write_bytes(content)
     elif damage == "other":
         torch.save([1, 2, 3], interrupted)
+    elif damage == "large":
+        with interrupted.open("ab") as file:
+            file.write(bytes(2**22))
+        monkeypatch.setattr(checkpoints, "MAX_BYTES", 2**22)
+    elif damage == "beyond the end":
+        state = torch.load(interrupted, weights_only=True)
+        state["stages"]["training"]["position"] = 10**6
+        torch.save(state, interrupted)
     else:
         state = torch.load(interrupted, weights_only=True)
         del state["stages"]["training"]["learners"]["torch_bn"]
@@ -156,6 +168,46 @@ def test_damaged_checkpoint_is_refused(damage: str, interrupted: Path) -> None:
     whole = job()
     assert run(whole, interrupted.with_name("whole.pt"), Interruption())
     assert same(outcome(again), outcome(whole))
+
+
+def test_signals_before_the_first_step_and_second_ones_interrupt_at_once() -> None:
+    with Interruption() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        stop.defer()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ImportError("no", name="torch_bn"), 2, "torch_bn is not installed: run `make train`"),
+        (OSError("disk on fire"), 2, "disk on fire"),
+    ],
+)
+def test_what_ends_the_job_early_is_one_line_and_a_status(
+    error: BaseException,
+    status: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(train_mlp, "_job", fails)
+    assert train_mlp.main([]) == status
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr(error, "name", "something else", raising=False)
+    if isinstance(error, ImportError):
+        with pytest.raises(ImportError):
+            train_mlp.main([])
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_not_unpacked(
