@@ -102,4 +102,4 @@ wheel: setup
 	@scripts/wheel.sh
 
 clean:
-	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include torch_bn/share
+	rm -rf build dist runs torch_bn/_C*.so torch_bn/_build_config.py torch_bn/lib torch_bn/include torch_bn/share $(VENV)/.installed

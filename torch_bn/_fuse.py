@@ -239,6 +239,8 @@ def unfuse_pairs(model: Module, labels: dict[int, list[str]], report: list[str])
             table = relus if isinstance(module, FusedReLU) else norms
             table.setdefault(mark, []).append(module)
     for norm in norms.pop(_FUNCTION, []):
+        if own_option(norm) is not None:  # set since, and nothing that torch's layer has
+            continue
         if _call_again(model, norm):
             _split(norm, "F.relu", ", ".join(labels[id(norm)]), report)
     for mark, found in norms.items():
@@ -246,6 +248,8 @@ def unfuse_pairs(model: Module, labels: dict[int, list[str]], report: list[str])
         if len(found) != len(relus.get(mark, [])):
             continue
         for norm, relu in zip(found, relus[mark], strict=True):
+            if own_option(norm) is not None:
+                continue
             relu.__class__ = ReLU
             delattr(relu, _MARK)
             parts = (norm, relu) if isinstance(norm, BatchNormReLU1d) else (relu, norm)

@@ -228,7 +228,8 @@ def convert_sync(model: Module, process_group: Any = None) -> Module:
                 f"the layer '{name}' does not know its number of channels yet: convert the model "
                 "after its first forward"
             )
-        if isinstance(module, BatchNorm1d) and own_option(module) is not None:
+        converted = parametrize.type_before_parametrizations(module) in _SYNCHRONISED
+        if converted and own_option(module) is not None:
             raise ValueError(
                 f"the layer '{name}' has {own_option(module)}, which SyncBatchNorm1d has not"
             )

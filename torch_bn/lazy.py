@@ -69,7 +69,7 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         _set_own_options(self, virtual_batch_size, channels_last)
 
-    def initialize_parameters(self, input: Tensor, **_: Any) -> None:
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from the first input, before the forward has checked it."""
         by_position = self.channels_last and input.dim() == 3
         super().initialize_parameters(input.transpose(1, 2) if by_position else input)

@@ -70,7 +70,8 @@ def lean() -> Iterator[None]:
         if type(module) in _RELU and threading.get_ident() == owner and not kwargs:
             made = _Output.of(module, args, output)  # type: ignore[arg-type]
             if made is not None:
-                outputs[output.data_ptr()] = made
+                # Nothing is saved of an output that is gone: its entry would keep the input.
+                made.forgotten_with(output, outputs)
 
     def pack(tensor: Tensor) -> Tensor | _Output:
         made = outputs.get(tensor.data_ptr()) if tensor.is_cpu else None
@@ -113,6 +114,18 @@ class _Output:
         if not (by_batch and plain and output.is_cpu and output.requires_grad):
             return None
         return _Output(module, args[0], output)
+
+    def forgotten_with(self, output: Tensor, outputs: dict[int, _Output]) -> None:
+        """Stand among ``outputs`` for as long as the output exists."""
+        key, own = output.data_ptr(), weakref.ref(self)
+
+        def forget(_: object) -> None:
+            made = own()
+            if made is not None and outputs.get(key) is made:
+                del outputs[key]
+
+        outputs[key] = self
+        self._output = weakref.ref(output, forget)
 
     def is_in(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has just these values: the output, or an alias of all of it."""

@@ -124,6 +124,8 @@ class SyncBatchNorm1d(BatchNorm1d):
         group = self._group() if self.training else None
         if group is None:
             return super().forward(input)
+        if self.channels_last or self.virtual_batch_size is not None:
+            raise ValueError("SyncBatchNorm1d has neither virtual_batch_size nor channels_last")
         if not input.is_cpu:
             raise RuntimeError(
                 f"SyncBatchNorm1d expected its input on CPU (got {input.device}); "

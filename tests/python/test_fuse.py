@@ -379,3 +379,13 @@ def test_layers_with_options_of_ours_are_left_alone(option: dict[str, object]) -
     assert model[0].bias is not None
     (name, value), *_ = option.items()
     assert any(f"1 has {name}={value}" in line for line in done)
+
+
+def test_fused_layers_that_got_an_option_of_ours_are_not_reverted() -> None:
+    model, report = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU()), []
+    torch_bn.convert(model, fuse=True)
+    model[1].virtual_batch_size = 2
+    torch_bn.revert(model, report=report)
+    assert type(model[1]) is torch_bn.BatchNormReLU1d
+    assert type(model[2]) is not nn.ReLU
+    assert report == ["1: torch_bn.BatchNormReLU1d left alone, torch.nn has no such layer"]

@@ -176,3 +176,15 @@ def test_nested() -> None:
         loss, outputs = storages(model, x)
     assert all(each.expired() for each in outputs)
     loss.backward()
+
+
+def test_several_steps_in_one_block_keep_no_inputs() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch_bn.BatchNormReLU1d(3), nn.Linear(3, 1))
+    inputs: list[StorageWeakRef] = []
+    model[1].register_forward_pre_hook(
+        lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    with torch_bn.lean():
+        for rows in range(8, 16):
+            model(torch.randn(rows, 4)).square().mean().backward()
+        assert [each.expired() for each in inputs] == [True] * 8

@@ -442,7 +442,9 @@ def test_lazy_layers_learn_the_last_dimension() -> None:
     x, lengths = sequences(True), LENGTHS
     lazy = torch_bn.LazyBatchNorm1d(channels_last=True)
     assert "channels_last=True" in repr(lazy)
+    by_position = torch_bn.LazyBatchNorm1d(channels_last=True)
     y = lazy(x, lengths=lengths)
+    assert torch.equal(by_position(x, lengths), y)
     assert (type(lazy), lazy.num_features) == (torch_bn.BatchNorm1d, C)
     assert torch.equal(y, torch_bn.BatchNorm1d(C, channels_last=True)(x, lengths=lengths))
     matrix = torch_bn.LazyBatchNorm1d(channels_last=True)

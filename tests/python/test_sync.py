@@ -338,6 +338,9 @@ def test_converting() -> None:
 def test_layers_that_cannot_be_synchronised_are_refused(layer: torch.nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         torch_bn.convert_sync(torch.nn.Sequential(layer))
+    # Layers of other derived classes are left alone, whatever they have.
+    layer.__class__ = type("Mine", (torch_bn.BatchNorm1d,), {})
+    assert torch_bn.convert_sync(layer) is layer
 
 
 def test_a_trained_model_goes_back_to_torchs_layers() -> None:
@@ -378,4 +381,7 @@ def test_inputs_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_bn.SyncBatchNorm1d, "_group", lambda _: object())
     with pytest.raises(RuntimeError, match=r"expected its input on CPU \(got meta\)"):
         layer(torch.empty(4, 2, device="meta"))
+    layer.channels_last = True
+    with pytest.raises(ValueError, match="neither virtual_batch_size nor channels_last"):
+        layer(torch.empty(4, 2))
     assert layer.num_batches_tracked == 0
