@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
+
+from torch_bn.modules import BatchNorm1d
 
 __all__ = ["LayerRecord", "Recorder", "Statistics"]
 
@@ -59,9 +62,11 @@ class LayerRecord:
 
 @dataclass
 class _Side:
-    mean: list[Tensor] = field(default_factory=list)
-    std: list[Tensor] = field(default_factory=list)
-    percentiles: list[Tensor] = field(default_factory=list)
+    """A row for each recorded forward, None where it had no statistics."""
+
+    mean: list[Tensor | None] = field(default_factory=list)
+    std: list[Tensor | None] = field(default_factory=list)
+    percentiles: list[Tensor | None] = field(default_factory=list)
 
     def statistics(self) -> Statistics:
         return Statistics(
@@ -78,6 +83,8 @@ class _Seen:
     output: _Side = field(default_factory=_Side)
     gradients: list[tuple[int, Tensor]] = field(default_factory=list)
     parameters: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    # By name, the step whose backward has come to the layer and not yet to the parameter.
+    pending: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder(Mapping[str, LayerRecord]):
@@ -88,8 +95,12 @@ class Recorder(Mapping[str, LayerRecord]):
     when the block ends, also by an exception; what was recorded stays.
 
     A step is a forward of ``model`` itself. Channels are dimension 1 of inputs (N, C) or (N, C,
-    ...); layers whose input or output is no floating tensor of at least two dimensions are
-    recorded without the statistics of that side.
+    ...), and the last of layers with ``channels_last``. A forward in which the input or the output
+    of a layer is no floating tensor of at least two dimensions has NaN for the statistics of that
+    side; where all of them are so, there are none.
+
+    A gradient belongs to the step whose forward it comes from. Where one backward goes through
+    several forwards, what it adds to a parameter belongs to one of them.
 
     Args:
         model: whose layers are recorded.
@@ -97,13 +108,14 @@ class Recorder(Mapping[str, LayerRecord]):
             batch norm by default.
         every: record one step of so many, the first included. The others cost a call of a hook.
         percentiles: percents, 0 to 100, of the distribution of a unit over all but dimension 1.
-        units: whose percentiles are recorded, as indices of channels; all by default.
+        units: whose percentiles are recorded, as indices of channels; all by default. NaN where a
+            layer has fewer channels.
         gradients: whether gradient norms are recorded in the backward.
         evaluation: whether forwards of the model in evaluation mode count and are recorded too.
 
     Raises:
-        ValueError: for a name that is no layer's, for no layer at all, and for ``every`` or
-            percentiles out of range.
+        ValueError: for a name that is no layer's, for no layer at all, and for ``every``,
+            percentiles or units out of range.
 
     Example:
         >>> import torch, torch_bn
@@ -143,6 +155,7 @@ class Recorder(Mapping[str, LayerRecord]):
             raise ValueError(f"torch_bn: percentiles are {tuple(percentiles)}, expected 0 to 100")
         self._model = model
         self._layers = _chosen(model, layers)
+        _check_units(units or (), self._layers)
         self._every = every
         self._fractions = torch.tensor(list(percentiles), dtype=torch.float64) / 100
         self._units = None if units is None else list(units)
@@ -162,10 +175,14 @@ class Recorder(Mapping[str, LayerRecord]):
                 continue
             for key, parameter in layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    norms = seen.parameters.setdefault(key, [])
-                    hook = partial(self._parameter_backward, norms)
+                    seen.parameters.setdefault(key, [])
+                    hook = partial(self._parameter_backward, seen, key)
                     handle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
                     self._handles.append(handle)
+        # After the layers' own, of which the model may be one. What is called outside its forward,
+        # as by a checkpoint that is computed again in the backward, is no step.
+        end = self._model.register_forward_hook(self._end, always_call=True)
+        self._handles.append(end)
         return self
 
     def __exit__(
@@ -227,8 +244,10 @@ class Recorder(Mapping[str, LayerRecord]):
     def _write(self, writer: Any, name: str, record: LayerRecord) -> None:
         percents = (self._fractions * 100).tolist()
         for side, found in (("input", record.input), ("output", record.output)):
-            # Without statistics of a side there are no rows, and zip ends at once.
+            # Without statistics of a side there are no rows at all.
             for row, step in enumerate(record.steps.tolist()[: len(found.mean)]):
+                if found.mean[row].isnan().all():  # which a histogram refuses
+                    continue
                 writer.add_histogram(f"{name}/{side}/mean", found.mean[row], step)
                 writer.add_histogram(f"{name}/{side}/std", found.std[row], step)
                 units = self._units or range(found.percentiles.shape[2])
@@ -244,43 +263,64 @@ class Recorder(Mapping[str, LayerRecord]):
 
     def _begin(self, model: torch.nn.Module, _: Any) -> None:
         counted = model.training or self._evaluation
-        self._step += counted
+        if counted:
+            self._step += 1
+            for seen in self._seen.values():
+                seen.pending.clear()  # what its backward never reached
         self._active = counted and self._step % self._every == 0
 
-    def _forward(self, seen: _Seen, _: torch.nn.Module, args: Any, output: Any) -> None:
+    def _end(self, *_: Any) -> None:
+        self._active = False
+
+    def _forward(self, seen: _Seen, layer: torch.nn.Module, args: Any, output: Any) -> None:
         if not self._active:
             return
         seen.steps.append(self._step)
-        self._note(seen.input, args[0] if args else None)
-        self._note(seen.output, output)
-        if self._gradients and isinstance(output, Tensor) and output.requires_grad:
+        self._note(seen.input, layer, args[0] if args else None)
+        self._note(seen.output, layer, output)
+        if not self._gradients:
+            return
+        if isinstance(output, Tensor) and output.requires_grad:
             # Not kept among the handles: it goes with the output.
             hook = partial(self._output_backward, seen, self._step)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
+        elif torch.is_grad_enabled():  # an output of several tensors, as of a recurrent layer
+            seen.pending = dict.fromkeys(seen.parameters, self._step)
 
     def _output_backward(self, seen: _Seen, step: int, gradient: Tensor) -> None:
         if self._handles:  # the backward may come after the block
             seen.gradients.append((step, _norm(gradient)))
+            seen.pending = dict.fromkeys(seen.parameters, step)
 
-    def _parameter_backward(self, norms: list[tuple[int, Tensor]], gradient: Tensor) -> None:
-        if self._active:
-            norms.append((self._step, _norm(gradient)))
+    def _parameter_backward(self, seen: _Seen, key: str, gradient: Tensor) -> None:
+        step = seen.pending.pop(key, None)
+        if step is not None:
+            seen.parameters[key].append((step, _norm(gradient)))
 
     @torch.no_grad()
-    def _note(self, side: _Side, x: Any) -> None:
+    def _note(self, side: _Side, layer: torch.nn.Module, x: Any) -> None:
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2):
+            for values in (side.mean, side.std, side.percentiles):
+                values.append(None)
             return
+        last = x.dim() == 3 and isinstance(layer, BatchNorm1d) and layer.channels_last
         # A row for each channel, in a copy of its own: the reductions run along memory.
-        rows = x.detach().to(torch.float64).transpose(0, 1).flatten(1)
+        rows = x.detach().to(torch.float64).transpose(0, -1 if last else 1).flatten(1)
         var, mean = torch.var_mean(rows, 1, correction=0)
         side.mean.append(mean.cpu())
         side.std.append(var.sqrt_().cpu())
         if len(self._fractions) == 0:
             side.percentiles.append(torch.empty(0, 0, dtype=torch.float64))
             return
-        chosen = rows if self._units is None else rows[self._units]
-        fractions = self._fractions.to(chosen.device)
-        side.percentiles.append(torch.quantile(chosen, fractions, dim=1).cpu())
+        units = range(len(rows)) if self._units is None else self._units
+        found = torch.full((len(self._fractions), len(units)), math.nan, dtype=torch.float64)
+        columns = [column for column, unit in enumerate(units) if unit < len(rows)]
+        if columns:
+            chosen = rows[[units[column] for column in columns]]
+            found[:, columns] = torch.quantile(
+                chosen, self._fractions.to(chosen.device), dim=1
+            ).cpu()
+        side.percentiles.append(found)
 
 
 def _chosen(
@@ -303,13 +343,31 @@ def _chosen(
     return found
 
 
+def _check_units(units: Sequence[int], layers: Mapping[str, torch.nn.Module]) -> None:
+    """Refuse units that no channel of a layer can be."""
+    if any(unit < 0 for unit in units):
+        raise ValueError(f"torch_bn: units are {tuple(units)}, expected 0 or more")
+    for name, layer in layers.items():
+        # Of a lazy layer the number is not known yet.
+        if isinstance(layer, _BatchNorm) and 0 < layer.num_features <= max(units, default=-1):
+            raise ValueError(
+                f"torch_bn: units are {tuple(units)}, but layer {name!r} has "
+                f"{layer.num_features} channels"
+            )
+
+
 def _norm(gradient: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)
     return norm.cpu()
 
 
-def _stack(values: list[Tensor], empty: tuple[int, ...]) -> Tensor:
-    return torch.stack(values) if values else torch.empty(empty, dtype=torch.float64)
+def _stack(values: Sequence[Tensor | None], empty: tuple[int, ...]) -> Tensor:
+    """The values as one tensor, with NaN for None; an empty one where there are no others."""
+    shape = next((value for value in values if value is not None), None)
+    if shape is None:
+        return torch.empty(empty, dtype=torch.float64)
+    missing = torch.full_like(shape, math.nan)
+    return torch.stack([missing if value is None else value for value in values])
 
 
 def _steps(norms: list[tuple[int, Tensor]]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torch_bn
 from torch_bn.diagnostics import Recorder
@@ -70,6 +71,41 @@ def test_channels_of_sequences_are_dimension_one() -> None:
     torch.testing.assert_close(record[""].output.mean[0], expected, rtol=1e-14, atol=1e-15)
 
 
+def test_channels_last_are_the_layers_channels() -> None:
+    model = nn.Sequential(torch_bn.BatchNorm1d(3, channels_last=True))
+    x = torch.randn(6, 7, 3)
+    with Recorder(model, percentiles=(50,)) as record:
+        model(x)
+        model(x[:, 0])  # a matrix, whose channels are where they always are
+    expected = torch.stack([x.double().mean((0, 1)), x[:, 0].double().mean(0)])
+    # The same float64 sums of 42 values in another order.
+    torch.testing.assert_close(record["0"].input.mean, expected, rtol=1e-14, atol=1e-15)
+    assert record["0"].output.percentiles.shape == (2, 1, 3)
+
+
+def test_a_forward_without_channels_has_a_row_of_nan() -> None:
+    model = nn.Identity()
+    with Recorder(model, [""], percentiles=(50,)) as record:
+        for x in (torch.ones(3), torch.ones(2, 3), torch.ones(3)):
+            model(x)
+    found = record[""]
+    assert found.steps.tolist() == [0, 1, 2]
+    for values in (found.input.mean, found.output.std, found.output.percentiles[:, 0]):
+        assert values.isnan().all(1).tolist() == [True, False, True]
+
+
+def test_units_that_a_layer_has_not() -> None:
+    layer = torch_bn.BatchNorm1d(4)
+    for units in ((4,), (-1,)):
+        with pytest.raises(ValueError, match="units"):
+            Recorder(layer, percentiles=(50,), units=units)
+    model = nn.Linear(2, 3)
+    with Recorder(model, [""], percentiles=(50, 90), units=(2, 1)) as record:
+        model(torch.randn(5, 2))
+    assert record[""].input.percentiles.isnan()[0].tolist() == [[True, False]] * 2
+    assert not record[""].output.percentiles.isnan().any()
+
+
 def test_gradient_norms() -> None:
     model = network()
     with Recorder(model, ["0", "3"], gradients=True) as record:
@@ -126,6 +162,53 @@ def test_a_backward_belongs_to_the_step_of_its_forward() -> None:
         first.sum().backward()
         second.sum().backward()
     assert record["1"].gradient_steps.tolist() == [0, 1]
+    assert record["1"].parameter_steps["weight"].tolist() == [0, 1]
+
+
+def test_gradients_of_a_step_that_is_not_recorded_go_to_no_other() -> None:
+    model = network()
+    with Recorder(model, every=2, gradients=True) as record:
+        recorded, skipped = model(torch.randn(4, 5)), model(torch.randn(4, 5))
+        skipped.sum().backward()
+        recorded.sum().backward()
+        model.eval()
+        later = model(torch.randn(4, 5))
+        later.sum().backward()
+    assert record["1"].parameter_steps == {"weight": torch.tensor([0]), "bias": torch.tensor([0])}
+
+
+def test_an_evaluation_before_the_backward_takes_no_gradients_away() -> None:
+    model = network()
+    with Recorder(model, gradients=True) as record:
+        loss = model(torch.randn(4, 5)).sum()
+        model.eval()
+        model(torch.randn(4, 5))
+        loss.backward()
+    assert record["1"].parameter_steps["weight"].tolist() == [0]
+
+
+def test_gradients_of_a_layer_with_several_outputs() -> None:
+    model = nn.LSTM(2, 3)
+    with Recorder(model, [""], every=2, gradients=True) as record:
+        for _ in range(3):
+            model(torch.randn(4, 2))[0].sum().backward()
+    assert record[""].parameter_steps["weight_ih_l0"].tolist() == [0, 2]
+
+
+def test_what_a_checkpoint_computes_again_is_no_step() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.part, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    model = Checkpointed()
+    with Recorder(model, gradients=True) as record:
+        train(model, 2)
+    assert record["part.1"].steps.tolist() == [0, 1]
+    assert record["part.1"].parameter_steps["weight"].tolist() == [0, 1]
 
 
 def test_results_keep_their_bits() -> None:
@@ -230,6 +313,18 @@ def test_tensorboard_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["1/output/unit 3/p50", 0] == found.output.percentiles[0, 0, 0]
     assert rows["1/gradient norm/weight", 2] == found.parameter_gradients["weight"][1]
     assert len(rows) == 2 * (4 + 2 + 3)
+
+
+def test_tensorboard_gets_no_histogram_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in: Any = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = _Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    model = nn.Identity()
+    with Recorder(model, [""]) as record:
+        model(torch.ones(3))
+        model(torch.ones(2, 3))
+    record.to_tensorboard("anywhere")
+    assert {step for _, _, step in _Writer.last.rows} == {1}
 
 
 def test_tensorboard_itself(tmp_path: Any) -> None:
