@@ -106,6 +106,7 @@ def _steps_that_count(input: Tensor, channels_last: bool, lengths: Any, mask: An
         raise ValueError(
             f"lengths should have the input's size (N) = ({rows},), but got {tuple(lengths.shape)}"
         )
+    lengths = lengths.long()  # the wider unsigned types have no comparisons
     words = f"lengths should be in [0, L] = [0, {length}]"
     fit = ((lengths >= 0) & (lengths <= length)).all()
     if is_compiling():

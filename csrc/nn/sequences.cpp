@@ -43,13 +43,15 @@ at::Tensor mask_of(const at::Tensor& steps, int64_t rows, int64_t length) {
                       steps.sizes());
     return steps;
   }
-  TORCH_CHECK_TYPE(at::isIntegralType(steps.scalar_type(), /*includeBool=*/false),
+  TORCH_CHECK_TYPE(at::isIntegralType(steps.scalar_type(), /*includeBool=*/false) ||
+                       at::isBarebonesUnsignedType(steps.scalar_type()),
                    "lengths should be an integer tensor, but got ", steps.scalar_type());
   TORCH_CHECK_VALUE(steps.sizes() == at::IntArrayRef({rows}), "lengths should have the input's size (N) = (", rows,
                     "), but got ", steps.sizes());
-  TORCH_CHECK_VALUE(((steps >= 0) & (steps <= length)).all().item<bool>(), "lengths should be in [0, L] = [0, ",
-                    length, "]");
-  return torch::arange(length, steps.device()) < steps.unsqueeze(1);
+  const at::Tensor lengths = steps.to(at::kLong);  // the wider unsigned types have no comparisons
+  TORCH_CHECK_VALUE(((lengths >= 0) & (lengths <= length)).all().item<bool>(),
+                    "lengths should be in [0, L] = [0, ", length, "]");
+  return torch::arange(length, steps.device()) < lengths.unsqueeze(1);
 }
 
 // The steps that count of so many sequences each; fewer than two of the last chunk join the chunk before.

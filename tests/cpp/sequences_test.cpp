@@ -88,7 +88,7 @@ TEST(Sequences, PaddedStepsAreLeftOut) {
   const auto lengths = torch::tensor({7, 3, 0, 6}, torch::kLong);
   const auto mask = torch::arange(7) < lengths.unsqueeze(1);
   for (const bool last : {true, false}) {
-    for (const auto& steps : {lengths, mask}) {
+    for (const auto& steps : {lengths, lengths.to(at::kUInt16), lengths.to(at::kUInt64), mask}) {
       BatchNorm1d layer(of(5).channels_last(last));
       BatchNorm1d packed(of(5));
       auto by_steps = torch::randn({4, 7, 5});

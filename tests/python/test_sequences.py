@@ -76,6 +76,17 @@ def test_has_the_bits_of_the_packed_steps(
     assert_same_bits(layer.state_dict(), packed_layer.state_dict())
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.uint64], ids=str)
+def test_lengths_of_every_integer_type(dtype: torch.dtype) -> None:
+    x = sequences(False)
+    assert torch.equal(make()(x, lengths=LENGTHS.to(dtype)), make()(x, lengths=LENGTHS))
+    with pytest.raises(ValueError, match=r"should be in \[0, L\] = \[0, 7\], but got 8"):
+        make()(x, lengths=(LENGTHS + 1).to(dtype))
+
+
 @either_layout
 @pytest.mark.parametrize("training", [True, False])
 def test_full_lengths_are_the_ordinary_layer(last: bool, training: bool) -> None:
