@@ -8,6 +8,7 @@ only if every graph says so.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, Tracer
 from torch.nn import Module, Sequential
 
-__all__ = ["HOOKS", "Flows", "call_name", "is_relu", "names", "source"]
+__all__ = ["HOOKS", "Flows", "call_name", "is_hooked", "is_relu", "names", "source"]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -64,7 +65,7 @@ class Flows:
 
     Args:
         model: any module; while it is traced its forward runs without values, and what that
-            leaves behind in its modules is undone.
+            leaves behind in its modules, their lists, dicts and sets is undone.
         modes: the settings of ``training`` in which it is traced.
     """
 
@@ -268,18 +269,23 @@ def _traces(model: Module, modes: tuple[bool, ...]) -> list[Graph]:
     return result
 
 
+# Types of their own may not bear to be emptied and filled again.
+_CONTAINERS = {list, deque, set, dict, OrderedDict, defaultdict}
+
+
 @contextmanager
 def _unchanged(model: Module) -> Iterator[None]:
-    """Take back all that is assigned to the model and its parts meanwhile."""
-    tables = ("_parameters", "_buffers", "_modules")
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    """Take back what is assigned to the model and its parts meanwhile, or put into a list, dict or
+    set of theirs: a forward may keep what it computes, and now computes proxies."""
+    kept: list[tuple[Any, Any]] = []
     scripted = []
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):  # holds its attributes in C++
             scripted.append((module, module.training))
             continue
-        for each in (vars(module), *(vars(module)[name] for name in tables)):
-            kept.append((each, dict(each)))
+        for each in (vars(module), *vars(module).values()):
+            if type(each) in _CONTAINERS:
+                kept.append((each, each.copy()))
     try:
         yield
     finally:
@@ -287,7 +293,7 @@ def _unchanged(model: Module) -> Iterator[None]:
             module.training = training
         for now, before in kept:
             now.clear()
-            now.update(before)
+            (now.extend if isinstance(now, (list, deque)) else now.update)(before)
 
 
 def _text(graph: Graph) -> list[str]:

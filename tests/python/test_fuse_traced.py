@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 import pytest
@@ -403,6 +404,26 @@ def test_tracing_leaves_nothing_behind() -> None:
     for name, each in model.named_modules():
         new = set(vars(each)) - set(attributes[name])
         assert new == ({"_fused_relu"} if name in ("norm", "act") else set())
+
+
+@pytest.mark.parametrize("kind", [list, deque, set, dict, OrderedDict])
+def test_tracing_puts_nothing_into_containers(kind: type) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        match m.kept:
+            case dict():
+                m.kept[x] = x
+            case set():
+                m.kept.add(x)
+            case _:
+                m.kept.append(x)
+        return m.act(m.norm(m.dense(x)))
+
+    model = Net(forward)
+    model.kept = kept = kind([("a", 1)])
+    fuse(model)
+    assert is_fused(model)
+    assert model.kept is kept
+    assert kept == kind([("a", 1)])
 
 
 def test_a_buffer_that_the_forward_changes_is_not_changed() -> None:
