@@ -3,7 +3,7 @@
 // process alone gives the bits of the ordinary kernels.
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 
 #include "api.h"
 

@@ -60,8 +60,6 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                              options.output_mask, options.bias, options.relu);
 }
 
-}  // namespace
-
 // What backward must know beside the tensors, in one number: every entry of a Function's dictionary costs.
 struct Flags {
   bool training;
@@ -73,6 +71,8 @@ struct Flags {
   explicit Flags(int64_t packed) : training((packed & 1) != 0), has_bias((packed & 2) != 0), relu(packed >> 2) {}
   [[nodiscard]] int64_t packed() const { return (training ? 1 : 0) | (has_bias ? 2 : 0) | relu << 2; }
 };
+
+}  // namespace
 
 // The names of these two structs are what users see in a result's grad_fn.
 

@@ -16,30 +16,13 @@ OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::op
                                           std::optional<double> momentum, double eps, int64_t relu) {
   check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const auto& table = active_kernels();
-  kernels::ForwardArgs args{};
-  args.shape = shape_of(input);
-  args.dtype = kernel_dtype(input.scalar_type());
-  args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
-  args.relu = static_cast<kernels::Relu>(relu);
-  args.training = training;
-  args.eps = eps;
-
+  ForwardCall call(input, weight, bias, running_mean, running_var, training, eps, relu);
+  auto& args = call.args;
   at::Tensor output = empty_result(input.sizes(), input.options());
   at::Tensor stats = at::empty({2, args.shape.c}, input.options().dtype(at::kDouble));
-  Scratch scratch(kernels::forward_scratch(args.shape));
-  at::Tensor weight_kept;
-  at::Tensor bias_kept;
-  args.input = view_of(input);
   args.output = output.mutable_data_ptr();
-  args.weight = parameter_view(weight, weight_kept);
-  args.bias = parameter_view(bias, bias_kept);
-  args.running_mean = statistics_view(running_mean, training);
-  args.running_var = statistics_view(running_var, training);
   args.mean = stats.mutable_data_ptr<double>();
   args.invstd = args.mean + args.shape.c;
-  args.scratch = scratch.data();
-  args.threads = thread_count();
-  args.stream_from = kernels::stream_from();
 
   if (training) args.momentum = count_batch(num_batches_tracked, momentum);
   if (input.numel() > 0) {
@@ -56,24 +39,9 @@ Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& g
                                       const std::optional<at::Tensor>& bias, int64_t relu) {
   check_backward(grad_output, input, weight, stats, bias, relu);
   const auto& table = active_kernels();
-  kernels::BackwardArgs args{};
-  args.shape = shape_of(input);
-  args.dtype = kernel_dtype(input.scalar_type());
-  const auto param_dtype = parameter_dtype(input, bias, weight);
-  args.param_dtype = kernel_dtype(param_dtype);
-  args.relu = static_cast<kernels::Relu>(relu);
-  args.training = training;
-  args.grad_output = view_of(grad_output);
-  args.input = view_of(input);
-  at::Tensor weight_kept;
-  at::Tensor bias_kept;
-  args.weight = parameter_view(weight, weight_kept);
-  args.bias = parameter_view(bias, bias_kept);
-  const at::Tensor stats_kept = stats.contiguous();
-  args.mean = stats_kept.const_data_ptr<double>();
-  args.invstd = args.mean + args.shape.c;
-
-  const auto param_options = input.options().dtype(param_dtype);
+  BackwardCall call(grad_output, input, weight, bias, stats, training, relu);
+  auto& args = call.args;
+  const auto param_options = input.options().dtype(parameter_dtype(input, bias, weight));
   at::Tensor grad_weight;
   at::Tensor grad_bias;
   if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.options());
@@ -87,10 +55,6 @@ Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& g
   args.grad_input = output_mask[0] ? grad_input.mutable_data_ptr() : nullptr;
   args.grad_weight = output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr;
   args.grad_bias = output_mask[2] ? grad_bias.mutable_data_ptr() : nullptr;
-  Scratch scratch(kernels::backward_scratch(args.shape));
-  args.scratch = scratch.data();
-  args.threads = thread_count();
-  args.stream_from = kernels::stream_from();
   table.backward(args);
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }

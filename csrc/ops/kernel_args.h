@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <stdexcept>
 
@@ -74,6 +76,83 @@ class Scratch {
   double stack_[kOnStack];  // NOLINT: left uninitialised on purpose
 };
 
+// Working memory of one call on a shape that may be without rows.
+inline std::size_t scratch_for(kernels::Shape shape, std::size_t (*doubles)(const kernels::Shape&)) {
+  shape.n = std::max<int64_t>(shape.n, 1);
+  shape.l = std::max<int64_t>(shape.l, 1);
+  return doubles(shape);
+}
+
+inline int thread_count() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+// The arguments of a forward, but for its results and its momentum; owns what they point into.
+class ForwardCall {
+ public:
+  ForwardCall(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+              const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+              const std::optional<at::Tensor>& running_var, bool training, double eps, int64_t relu)
+      : scratch_(scratch_for(shape_of(input), kernels::forward_scratch)) {
+    args.shape = shape_of(input);
+    args.dtype = kernel_dtype(input.scalar_type());
+    args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
+    args.relu = static_cast<kernels::Relu>(relu);
+    args.training = training;
+    args.eps = eps;
+    args.input = view_of(input);
+    args.weight = parameter_view(weight, weight_);
+    args.bias = parameter_view(bias, bias_);
+    args.running_mean = statistics_view(running_mean, training);
+    args.running_var = statistics_view(running_var, training);
+    args.scratch = scratch_.data();
+    args.threads = thread_count();
+    args.stream_from = kernels::stream_from();
+  }
+  ForwardCall(const ForwardCall&) = delete;
+  ForwardCall& operator=(const ForwardCall&) = delete;
+
+  kernels::ForwardArgs args{};
+
+ private:
+  at::Tensor weight_;
+  at::Tensor bias_;
+  Scratch scratch_;
+};
+
+// Likewise of a backward; stats begin with the mean and invstd of each channel.
+class BackwardCall {
+ public:
+  BackwardCall(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+               const std::optional<at::Tensor>& bias, const at::Tensor& stats, bool training, int64_t relu)
+      : stats_(stats.contiguous()), scratch_(scratch_for(shape_of(input), kernels::backward_scratch)) {
+    args.shape = shape_of(input);
+    args.dtype = kernel_dtype(input.scalar_type());
+    args.param_dtype = kernel_dtype(parameter_dtype(input, bias, weight));
+    args.relu = static_cast<kernels::Relu>(relu);
+    args.training = training;
+    args.grad_output = view_of(grad_output);
+    args.input = view_of(input);
+    args.weight = parameter_view(weight, weight_);
+    args.bias = parameter_view(bias, bias_);
+    args.mean = stats_.const_data_ptr<double>();
+    args.invstd = args.mean + args.shape.c;
+    args.scratch = scratch_.data();
+    args.threads = thread_count();
+    args.stream_from = kernels::stream_from();
+  }
+  BackwardCall(const BackwardCall&) = delete;
+  BackwardCall& operator=(const BackwardCall&) = delete;
+
+  kernels::BackwardArgs args{};
+
+ private:
+  at::Tensor stats_;
+  at::Tensor weight_;
+  at::Tensor bias_;
+  Scratch scratch_;
+};
+
 // Counts a batch where there is a counter, and returns its share in the running statistics. The last thing to do
 // before a kernel runs: nothing after it can fail, so that a refused call has changed nothing.
 inline double count_batch(const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum) {
@@ -81,10 +160,6 @@ inline double count_batch(const std::optional<at::Tensor>& num_batches_tracked, 
   auto* counter = num_batches_tracked->mutable_data_ptr<int64_t>();
   ++*counter;
   return momentum ? *momentum : 1.0 / static_cast<double>(*counter);
-}
-
-inline int thread_count() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
 }  // namespace torch_bn::ops

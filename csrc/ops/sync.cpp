@@ -11,6 +11,7 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "checks.h"
+#include "plain.h"
 
 namespace torch_bn::ops::sync {
 
@@ -47,9 +48,7 @@ c10::TypedOperatorHandle<Function> find(const char* name) {
 
 // Whether somebody records the operators that are called, instead of having the numbers made.
 bool is_traced(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  return (tensor.key_set() | kPlain) != kPlain || c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return !is_plain(tensor) || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // In torch's functional collectives, which are operators. Not every backend has what they ask for: MPI has not.

@@ -4,8 +4,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "../kernels/sync_api.h"
 #include "checks.h"
 #include "kernel_args.h"
@@ -24,13 +22,6 @@ const kernels::SyncTable& sync_kernels() {
   return *active_kernels().sync;
 }
 
-// A function of the shape, which may be without rows here.
-std::size_t scratch_for(kernels::Shape shape, std::size_t (*doubles)(const kernels::Shape&)) {
-  shape.n = std::max<int64_t>(shape.n, 1);
-  shape.l = std::max<int64_t>(shape.l, 1);
-  return doubles(shape);
-}
-
 // A part without its values.
 at::Tensor new_part(const at::Tensor& input, int64_t mark) {
   at::Tensor part = at::zeros({kFirst + 2 * input.size(1)}, input.options().dtype(at::kDouble));
@@ -45,16 +36,9 @@ at::Tensor moments_cpu(const at::Tensor& input, int64_t mark, int64_t relu) {
   check_forward_but_rows(input, {}, {}, {}, {}, {}, /*training=*/true, /*eps=*/1.0);
   at::Tensor part = new_part(input, mark);
   if (input.numel() == 0) return part;
-  kernels::ForwardArgs args{};
-  args.shape = shape_of(input);
-  args.dtype = args.param_dtype = kernel_dtype(input.scalar_type());
-  args.relu = static_cast<kernels::Relu>(relu);
+  const ForwardCall call(input, {}, {}, {}, {}, /*training=*/true, /*eps=*/1.0, relu);
   auto* values = part.mutable_data_ptr<double>() + kFirst;
-  args.input = view_of(input);
-  Scratch scratch(kernels::forward_scratch(args.shape));
-  args.scratch = scratch.data();
-  args.threads = thread_count();
-  sync_kernels().moments(args, values, values + args.shape.c);
+  sync_kernels().moments(call.args, values, values + call.args.shape.c);
   return part;
 }
 
@@ -96,32 +80,15 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   const double rows = check_parts(input, kept_parts, layer);
   check_more_than_one_row(input, kept_parts, rows);
   const auto& kernels = sync_kernels();
-  kernels::ForwardArgs args{};
-  args.shape = shape_of(input);
-  args.dtype = kernel_dtype(input.scalar_type());
-  args.param_dtype = kernel_dtype(parameter_dtype(input, running_mean, bias, weight));
-  args.relu = static_cast<kernels::Relu>(relu);
-  args.training = true;
-  args.eps = eps;
+  ForwardCall call(input, weight, bias, running_mean, running_var, /*training=*/true, eps, relu);
+  auto& args = call.args;
   const int64_t channels = args.shape.c;
   at::Tensor output = empty_result(input.sizes(), input.options());
   at::Tensor stats = at::zeros({2 * channels + 1}, input.options().dtype(at::kDouble));
-  Scratch scratch(scratch_for(args.shape, kernels::forward_scratch));
-  at::Tensor weight_kept;
-  at::Tensor bias_kept;
-  args.input = view_of(input);
   args.output = output.mutable_data_ptr();
-  args.weight = parameter_view(weight, weight_kept);
-  args.bias = parameter_view(bias, bias_kept);
-  args.running_mean = statistics_view(running_mean, true);
-  args.running_var = statistics_view(running_var, true);
   args.mean = stats.mutable_data_ptr<double>();
   args.invstd = args.mean + channels;
   args.mean[2 * channels] = rows;
-  args.scratch = scratch.data();
-  args.threads = thread_count();
-  args.stream_from = kernels::stream_from();
-
   args.momentum = count_batch(num_batches_tracked, momentum);
   if (rows == 0.0 || channels == 0) return {std::move(output), std::move(stats)};
   const auto* data = kept_parts.const_data_ptr<double>();
@@ -129,37 +96,6 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
                                          data + kFirst + channels});
   return {std::move(output), std::move(stats)};
 }
-
-// What both halves of a backward are given. It owns copies of what is not as the kernels want it.
-class LocalGradient {
- public:
-  LocalGradient(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                const std::optional<at::Tensor>& bias, const at::Tensor& stats, int64_t relu)
-      : stats_(stats.contiguous()), scratch_(scratch_for(shape_of(input), kernels::backward_scratch)) {
-    args.shape = shape_of(input);
-    args.dtype = kernel_dtype(input.scalar_type());
-    args.param_dtype = kernel_dtype(parameter_dtype(input, weight, bias));
-    args.relu = static_cast<kernels::Relu>(relu);
-    args.training = true;
-    args.grad_output = view_of(grad_output);
-    args.input = view_of(input);
-    args.weight = parameter_view(weight, weight_);
-    args.bias = parameter_view(bias, bias_);
-    args.mean = stats_.const_data_ptr<double>();
-    args.invstd = args.mean + args.shape.c;
-    args.scratch = scratch_.data();
-    args.threads = thread_count();
-    args.stream_from = kernels::stream_from();
-  }
-
-  kernels::BackwardArgs args{};
-
- private:
-  at::Tensor stats_;
-  at::Tensor weight_;
-  at::Tensor bias_;
-  Scratch scratch_;
-};
 
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
                     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
@@ -176,9 +112,9 @@ at::Tensor gradient_sums_cpu(const at::Tensor& grad_output, const at::Tensor& in
   check_gradient(grad_output, input, weight, bias, stats, relu);
   at::Tensor part = new_part(input, mark);
   if (input.numel() == 0) return part;
-  const LocalGradient local(grad_output, input, weight, bias, stats, relu);
+  const BackwardCall call(grad_output, input, weight, bias, stats, /*training=*/true, relu);
   auto* values = part.mutable_data_ptr<double>() + kFirst;
-  sync_kernels().sums(local.args, values, values + local.args.shape.c);
+  sync_kernels().sums(call.args, values, values + call.args.shape.c);
   return part;
 }
 
@@ -190,11 +126,11 @@ at::Tensor gradient_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   const double rows = check_parts(input, kept_parts, layer);
   at::Tensor grad_input = empty_result(input.sizes(), input.options());
   if (input.numel() == 0) return grad_input;
-  LocalGradient local(grad_output, input, weight, bias, stats, relu);
-  local.args.grad_input = grad_input.mutable_data_ptr();
+  BackwardCall call(grad_output, input, weight, bias, stats, /*training=*/true, relu);
+  call.args.grad_input = grad_input.mutable_data_ptr();
   const auto* values = kept_parts.const_data_ptr<double>() + kFirst;
-  sync_kernels().gradient(local.args, kernels::PartialSums{kept_parts.size(0), kept_parts.size(1), rows, values,
-                                                           values + local.args.shape.c});
+  sync_kernels().gradient(call.args, kernels::PartialSums{kept_parts.size(0), kept_parts.size(1), rows, values,
+                                                          values + call.args.shape.c});
   return grad_input;
 }
 

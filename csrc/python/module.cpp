@@ -4,8 +4,6 @@
 #include <pybind11/stl.h>
 #include <torch_bn/build_info.h>
 
-#include <exception>
-
 #include "layer.h"
 
 namespace py = pybind11;

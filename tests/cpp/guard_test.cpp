@@ -4,7 +4,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 

@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <barrier>
-#include <cstring>
 #include <stdexcept>
 #include <thread>
 #include <torch/csrc/distributed/c10d/Backend.hpp>

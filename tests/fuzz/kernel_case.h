@@ -1,7 +1,6 @@
 // One call of the kernels with any shape, strides, types and flags, and whether two calls gave the same.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,6 +1,7 @@
 // The kernels' interface with any shape, strides, types, flags and values. Whoever reads or writes outside an
 // array is found by the sanitizer; what is required here is that the result depends on nothing but values, shape
 // and the order of the input's dimensions: not on strides, threads or instruction set.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 

@@ -1,6 +1,8 @@
 // The kernels of several processes on a case whose batch lies in two of them.
 #pragma once
 
+#include <algorithm>
+
 #include "kernel_case.h"
 #include "kernels/sync_api.h"
 

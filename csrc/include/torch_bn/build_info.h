@@ -20,6 +20,10 @@ struct BuildInfo {
 
 /// The facts of this library.
 ///
+/// ```cpp
+/// assert(!torch_bn::build_info().isa.empty());
+/// ```
+///
 /// \throws c10::Error when the environment variable TORCH_BN_ISA holds an unknown name, or one that this
 ///   processor lacks; the message lists the valid ones.
 BuildInfo build_info();

@@ -73,6 +73,7 @@ class BatchNorm1dImpl : public detail::BatchNormImplBase<BatchNorm1dImpl> {
   /// ```cpp
   /// torch_bn::BatchNorm1d layer(torch_bn::BatchNorm1dOptions(64).channels_last(true));
   /// auto y = layer->forward_masked(torch::randn({3, 7, 64}), torch::tensor({7, 3, 5}));
+  /// assert(y[1].slice(0, 3).count_nonzero().item<int64_t>() == 0);
   /// ```
   ///
   /// \param input (N, C, L), with `channels_last` (N, L, C); float32, float64, bfloat16 or float16, of any strides
@@ -90,9 +91,10 @@ extern template class detail::BatchNormImplBase<BatchNorm1dImpl>;
 
 /// Holds a `BatchNorm1dImpl`, as `torch::nn::BatchNorm1d` holds its own.
 ///
-/// ```
-/// torch_bn::BatchNorm1d layer(300);
-/// auto y = layer(torch::randn({64, 300}));
+/// ```cpp
+/// torch_bn::BatchNorm1d layer(1);
+/// auto y = layer(torch::tensor({{9.0f}, {10.0f}, {11.0f}}));  // -1.2247, 0, 1.2247
+/// assert(layer->running_mean.item<float>() == 1);
 /// ```
 TORCH_MODULE(BatchNorm1d);
 
@@ -130,13 +132,20 @@ extern template class detail::BatchNormImplBase<ReLUBatchNorm1dImpl>;
 
 /// Holds a `BatchNormReLU1dImpl`.
 ///
-/// ```
+/// ```cpp
 /// torch_bn::BatchNormReLU1d layer(300);
 /// auto y = layer(torch::randn({64, 300}));
+/// assert(y.min().item<float>() == 0);
 /// ```
 TORCH_MODULE(BatchNormReLU1d);
 
 /// Holds a `ReLUBatchNorm1dImpl`.
+///
+/// ```cpp
+/// torch_bn::ReLUBatchNorm1d layer(1);
+/// auto y = layer(torch::tensor({{-4.0f}, {1.0f}, {2.0f}}));  // -1.2247, 0, 1.2247
+/// assert(y[1].item<float>() == 0);
+/// ```
 TORCH_MODULE(ReLUBatchNorm1d);
 
 }  // namespace torch_bn

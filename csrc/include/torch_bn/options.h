@@ -14,8 +14,9 @@ namespace torch_bn {
 /// Options of `BatchNorm1d`: those of `torch::nn::BatchNorm1d`, and some of ours behind them. Each is set by a
 /// method of its name that takes the value, and read by the same method without one.
 ///
-/// ```
+/// ```cpp
 /// torch_bn::BatchNorm1d layer(torch_bn::BatchNorm1dOptions(300).eps(1e-3).momentum(std::nullopt));
+/// assert(layer->options.eps() == 1e-3);
 /// ```
 struct BatchNorm1dOptions {
   /// \param num_features number of channels C of the input
@@ -56,8 +57,9 @@ namespace functional {
 
 /// Options of `functional::batch_norm`: those of `torch::nn::functional::batch_norm`.
 ///
-/// ```
-/// torch_bn::functional::BatchNormFuncOptions().weight(w).bias(b).training(true)
+/// ```cpp
+/// auto options = torch_bn::functional::BatchNormFuncOptions().weight(torch::ones(3)).training(true);
+/// assert(options.training() && !options.bias().defined());
 /// ```
 struct BatchNormFuncOptions {
   BatchNormFuncOptions() = default;

@@ -86,15 +86,29 @@ extern template class detail::SyncBatchNormImplBase<SyncReLUBatchNorm1dImpl>;
 
 /// Holds a `SyncBatchNorm1dImpl`.
 ///
-/// ```
+/// ```cpp
+/// // Before its forward: c10d::register_process_group("sync", group).
 /// torch_bn::SyncBatchNorm1d layer(300, "sync", "bn1");
+/// torch_bn::SyncBatchNorm1d alone(300);
+/// auto y = alone(torch::randn({64, 300}));
+/// assert(alone->num_batches_tracked.item<int64_t>() == 1);
 /// ```
 TORCH_MODULE(SyncBatchNorm1d);
 
 /// Holds a `SyncBatchNormReLU1dImpl`.
+///
+/// ```cpp
+/// torch_bn::SyncBatchNormReLU1d alone(300);
+/// assert(alone(torch::randn({64, 300})).min().item<float>() == 0);
+/// ```
 TORCH_MODULE(SyncBatchNormReLU1d);
 
 /// Holds a `SyncReLUBatchNorm1dImpl`.
+///
+/// ```cpp
+/// torch_bn::SyncReLUBatchNorm1d alone(1);
+/// assert(alone(torch::tensor({{-4.0f}, {1.0f}, {2.0f}}))[1].item<float>() == 0);
+/// ```
 TORCH_MODULE(SyncReLUBatchNorm1d);
 
 }  // namespace torch_bn
