@@ -20,7 +20,15 @@ from torch_bn._pairs import Flows, call_name, is_hooked, is_relu, source
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
 from torch_bn.modules import BatchNorm1d
 
-__all__ = ["FUSED", "class_name", "drop_biases", "fuse_pairs", "rebased", "unfuse_pairs"]
+__all__ = [
+    "FUSED",
+    "class_name",
+    "drop_biases",
+    "fuse_pairs",
+    "own_option",
+    "rebased",
+    "unfuse_pairs",
+]
 
 FUSED = (BatchNormReLU1d, ReLUBatchNorm1d)
 _NORMS = (torch.nn.BatchNorm1d, BatchNorm1d)

@@ -28,7 +28,7 @@ from torch_bn._pairs import Flows, names
 from torch_bn.folding import is_folded
 from torch_bn.lazy import LazyBatchNorm1d
 from torch_bn.modules import BatchNorm1d
-from torch_bn.sync import ALONE, SyncBatchNorm1d, forget_others
+from torch_bn.sync import _ALONE, SyncBatchNorm1d, _forget_others
 
 __all__ = ["convert", "convert_sync", "revert"]
 
@@ -44,7 +44,7 @@ _TORCHS: dict[_Class, _Class] = {
 }
 _SYNCHRONISED: dict[_Class, _Class] = {
     torch.nn.BatchNorm1d: SyncBatchNorm1d,
-    **{alone: sync for sync, alone in ALONE.items()},
+    **{alone: sync for sync, alone in _ALONE.items()},
 }
 
 
@@ -190,7 +190,7 @@ def revert(model: Module, *, subclasses: bool = False, report: list[str] | None 
     _change_classes(model, torchs, derived, report)
     for layer in synchronised:
         if not isinstance(layer, SyncBatchNorm1d):
-            forget_others(layer)
+            _forget_others(layer)
     return model
 
 
@@ -275,7 +275,7 @@ def _change_classes(
 
 
 def _name(cls: _Class) -> str:
-    if cls in _OURS or cls in _TORCHS or cls in FUSED or cls in ALONE:
+    if cls in _OURS or cls in _TORCHS or cls in FUSED or cls in _ALONE:
         return class_name(cls)
     if _adapted_from(cls) is not None:
         return f"{cls.__qualname__} on torch_bn"

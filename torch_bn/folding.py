@@ -21,13 +21,13 @@ from torch_bn._affine import Affine1d, AffineReLU1d, ReLUAffine1d
 from torch_bn._fuse import FusedReLU, class_name
 from torch_bn._pairs import HOOKS, Flows, source
 from torch_bn.fused import BatchNormReLU1d, ReLUBatchNorm1d
-from torch_bn.sync import ALONE
+from torch_bn.sync import _ALONE
 
 __all__ = ["fold", "is_folded"]
 
 _Dense: TypeAlias = Linear | Conv1d
 
-_NORMS = (nn.BatchNorm1d, *ALONE.values(), *ALONE)
+_NORMS = (nn.BatchNorm1d, *_ALONE.values(), *_ALONE)
 _ANY_NORM = (nn.BatchNorm1d, nn.LazyBatchNorm1d)
 _IDENTITIES = (nn.Identity, FusedReLU, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)
 _AFFINES: dict[type[Any], type[Affine1d]] = {
@@ -59,8 +59,8 @@ def fold(model: Module, *, report: list[str] | None = None) -> Module:
         The copy. Modules keep their names; those of parameters are gone where batch norms were.
 
     Raises:
-        ValueError: for a batch norm without running statistics, and for a lazy module that has not
-            seen its first batch.
+        ValueError: for a batch norm without running statistics or with ``channels_last``, and for
+            a lazy module that has not seen its first batch.
 
     Example:
         >>> import torch, torch_bn
@@ -215,7 +215,7 @@ class _Folding:
 
     def _become_affine(self, norm: Any) -> None:
         plain = parametrize.type_before_parametrizations(norm)
-        kind = _AFFINES.get(ALONE.get(plain, plain), Affine1d)
+        kind = _AFFINES.get(_ALONE.get(plain, plain), Affine1d)
         scale, shift = _scale_and_shift(norm)
         # 16-bit parameters would lose digits that a 16-bit result still shows.
         dtype = norm.running_mean.dtype

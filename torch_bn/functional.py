@@ -53,6 +53,7 @@ def batch_norm(
 
     Example:
         >>> import torch
+        >>> from torch_bn.functional import batch_norm
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
         >>> mean, var = torch.zeros(1), torch.ones(1)
         >>> batch_norm(x, mean, var, training=True, momentum=0.5).flatten()

@@ -32,12 +32,12 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
         channels_last: likewise. Then ``num_features`` is the first input's ``size(-1)``.
 
     Shape:
-        - Input: (N, C) or (N, C, L), float32, float64, bfloat16 or float16
-        - Output: the input's shape and dtype, contiguous
+        - Input, lengths, mask and output: as of :class:`torch_bn.BatchNorm1d`
 
     Raises:
-        ValueError: in forward, for an input that is neither 2D nor 3D, or one value per channel
-            in training.
+        IndexError: in forward, for a first input of one dimension.
+        ValueError: as :class:`torch_bn.BatchNorm1d`; likewise TypeError, RuntimeError and
+            NotImplementedError.
 
     Example:
         >>> import torch, torch_bn

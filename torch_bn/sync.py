@@ -212,14 +212,14 @@ def _checks_every_call() -> bool:
 
 
 # The layers of several processes and those of one.
-ALONE: dict[type[Any], type[Any]] = {
+_ALONE: dict[type[Any], type[Any]] = {
     SyncBatchNorm1d: BatchNorm1d,
     SyncBatchNormReLU1d: BatchNormReLU1d,
     SyncReLUBatchNorm1d: ReLUBatchNorm1d,
 }
 
 
-def forget_others(layer: Any) -> None:
+def _forget_others(layer: Any) -> None:
     """Take from a layer what only those of several processes have, after a change of its class."""
     for name in ("_group_name", "_sync_name", "_agreed_with"):
         vars(layer).pop(name, None)
