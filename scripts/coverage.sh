@@ -9,8 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
-case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+venv=$(realpath -ms "${VENV:-.venv}")
 python=$venv/bin/python
 root=$PWD/build/coverage
 copy=$root/source

@@ -4,10 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+venv=$(realpath -ms "${VENV:-.venv}")
 data=${DATA:-${TORCH_BN_MNIST:-}}
 build=build/example-cpp
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
 if [ -z "$data" ]; then
   data=$(PYTHONPATH=examples python -c 'from mlp.fetch import DEFAULT_URL, fetch_mnist; print(fetch_mnist(DEFAULT_URL, None))') || {

