@@ -13,28 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dropin import LAYERS, C, layers, trained
 from torch import Tensor, nn
 
 import torch_bn
-
-C = 4
-LAYERS = [nn.BatchNorm1d, torch_bn.BatchNorm1d]
-LAZY_LAYERS = [nn.LazyBatchNorm1d, torch_bn.LazyBatchNorm1d]
-# Float64 sums of at most 64 values of size one, in another order.
-FLOAT64 = {"rtol": 0.0, "atol": 1e-12}
-
-layers = pytest.mark.parametrize("layer_class", LAYERS, ids=["builtin", "ours"])
-lazy_layers = pytest.mark.parametrize("layer_class", LAZY_LAYERS, ids=["builtin", "ours"])
-
-
-def trained(layer_class: type, **options: Any) -> nn.Module:
-    layer = layer_class(C, **options)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.linspace(0.5, 2, C))
-    layer(torch.linspace(-3, 1, 8 * C).reshape(8, C).to(layer.running_mean.dtype))
-    return layer
-
 
 # ------------------------------------------------------------------------------------------------
 # Where our kernels cannot serve, torch's own run in silence

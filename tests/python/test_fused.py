@@ -133,8 +133,10 @@ def test_zero_and_nan_are_torchs(order: str) -> None:
     st.integers(0, 5),
     st.sampled_from(list(FUSED)),
     st.booleans(),
+    st.integers(0, 1000),
 )
-def test_any_shape(n: int, c: int, length: int, order: str, training: bool) -> None:
+def test_any_shape(n: int, c: int, length: int, order: str, training: bool, seed: int) -> None:
+    torch.manual_seed(seed)
     shape = (n, c, length) if length else (n, c)
     one, two, _ = pair(order, c)
     one.train(training), two.train(training)
@@ -228,6 +230,7 @@ def test_the_second_derivative_takes_the_mask_of_the_kernels(
 def test_transforms(order: str, training: bool) -> None:
     function, (x, weight, bias) = functional(order, training), points(5, 3)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    # Sums of a few dozen float64 numbers of the order of 1 to 100, in another order.
     close: dict[str, float] = {"rtol": 1e-10, "atol": 1e-10}
     want = function(x, weight, bias)
     tangent = torch.randn_like(x)
@@ -289,17 +292,14 @@ def test_a_gradient_that_the_user_passed_is_left_alone(order: str) -> None:
 
 
 @fused
+@pytest.mark.usefixtures("restored_threads")
 def test_bits_do_not_depend_on_threads(order: str) -> None:
     one, _, _ = pair(order, 64)
     x, g = torch.randn(2, 4096, 64)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(gradients(copy.deepcopy(one), x, g))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(gradients(copy.deepcopy(one), x, g))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -419,7 +419,7 @@ def test_another_device_is_served_by_torch(order: str, training: bool) -> None:
 @fused
 @in_both_modes
 def test_a_subclass_is_served_by_torch(order: str, training: bool) -> None:
-    one, two, _ = pair(order, 3)
+    one, two, _ = pair(order, 3, nn.BatchNorm1d)
     one.train(training), two.train(training)
 
     class Seen(Tensor):
@@ -435,7 +435,7 @@ def test_a_subclass_is_served_by_torch(order: str, training: bool) -> None:
     x = torch.randn(4, 3)
     y = one(x.as_subclass(Seen))
     assert {"batch_norm", "relu"} <= set(Seen.calls)
-    torch.testing.assert_close(y.as_subclass(Tensor), two(x))
+    assert torch.equal(y.as_subclass(Tensor), two(x))
 
 
 @fused

@@ -168,19 +168,16 @@ def test_without_running_statistics_evaluation_takes_the_whole_batch() -> None:
     "shape", [(40, 7), (4099, 64), (60, 64, 40), (8, 5000), (100_003, 8)], ids=str
 )
 @pytest.mark.parametrize("k", [3, 16])
+@pytest.mark.usefixtures("restored_threads")
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], k: int) -> None:
     x, g = torch.randn(shape), torch.randn(shape)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            ghost, _ = pair(k, shape[1])
-            results.append(step(ghost, x, g))
-            results[-1]["grad_weight"] = ghost.weight.grad
-            results[-1]["grad_bias"] = ghost.bias.grad
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        ghost, _ = pair(k, shape[1])
+        results.append(step(ghost, x, g))
+        results[-1]["grad_weight"] = ghost.weight.grad
+        results[-1]["grad_bias"] = ghost.bias.grad
     for each in results[1:]:
         assert_same_bits(each, results[0])
 

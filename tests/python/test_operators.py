@@ -1,4 +1,8 @@
-"""Every registered operator through torch's own checker: schema, autograd, fake tensors, AOT."""
+"""The operators through torch's own checker: schema, autograd, fake tensors, AOT.
+
+All that are registered but sync_batch_norm, whose collectives need a group of processes: its parts
+between them are checked here, the whole is tested in test_sync.py.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +126,7 @@ def test_ghost_backward(shape: tuple[int, ...], mask: list[bool]) -> None:
 @pytest.mark.parametrize("relu", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 40), (0, 3)], ids=str)
 def test_synchronised(shape: tuple[int, ...], relu: int) -> None:
-    """The parts between the collectives; the whole is tested in processes, in test_sync.py."""
+    """The parts between the collectives."""
     # Autograd is above these operators: the arguments need no gradient.
     x, weight, bias, mean, var = (each.detach() for each in tensors(shape))
     opcheck(OPS._sync_moments.default, (x, 5, relu))
@@ -150,7 +154,8 @@ def test_synchronised_parts_of_another_shape_or_layer_are_refused() -> None:
         OPS._sync_normalise(x, parts, *rest)
 
 
-def test_every_operator_is_checked_here() -> None:
+def test_no_operator_is_without_its_check() -> None:
+    # A new one fails this until a check of it is above.
     registered = {
         name.split("::")[1]
         for name in torch._C._dispatch_get_all_op_names()
@@ -171,7 +176,7 @@ def test_every_operator_is_checked_here() -> None:
         "_sync_normalise",
         "_sync_gradient_sums",
         "_sync_gradient",
-        "sync_batch_norm",
+        "sync_batch_norm",  # in test_sync.py
     }
 
 

@@ -97,8 +97,9 @@ def copied_call(sample: Any, convert: Callable[[Tensor], Tensor] = Tensor.clone)
 def assert_close(got: Tensor, want: Tensor, scale: float = 0.0) -> None:
     """Close to a float64 result, for tensors of a few dozen elements.
 
-    Four roundings in the dtype of the result, relative to the largest element or to `scale`: the
-    builtin makes that many in a row (mean, distance, scale, shift); ours makes one.
+    Four eps, eight roundings in the dtype of the result, relative to the largest element or to
+    `scale`: the builtin's x * a + b makes about as many (mean, invstd, a, two of b, product, sum),
+    ours five (distance, scale, shift, product, sum). In 16 bits they are float32's, and one more.
     """
     assert got.shape == want.shape
     if got.numel() == 0:
