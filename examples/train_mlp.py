@@ -16,7 +16,7 @@ from mlp.checkpoint import Checkpoint, Interruption
 from mlp.data import load_dataset
 from mlp.job import Job
 from mlp.model import Layer
-from mlp.world import World, world
+from mlp.world import JoinError, World, world
 
 PASSED, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
     chosen = options.parse(argv)
     console = Console()
     try:
-        with Interruption() as stop, world(chosen.settings.seed, chosen.backend) as here:
+        # The handlers come last: while the processes are joined, in C++, no Python runs, and a
+        # signal has to end the process by itself.
+        with world(chosen.settings.seed, chosen.backend) as here, Interruption() as stop:
             console.quiet = not here.main
             return _job(chosen, layer, console, here, stop)
     except KeyboardInterrupt:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None, layer: Layer | None = None) -> int:
         if error.name != "torch_bn":
             raise
         return _unusable("torch_bn is not installed: run `make train`, or `pip install .` first")
-    except OSError as error:
+    except (OSError, JoinError) as error:
         return _unusable(str(error))
 
 
@@ -52,7 +54,10 @@ def _job(
 ) -> int:
     if layer is None:
         # Imported here, so that --help works and its absence is explained.
-        import torch_bn
+        try:
+            import torch_bn
+        except RuntimeError as error:  # of TORCH_BN_ISA
+            return _unusable(str(error))
 
         layer = torch_bn.BatchNorm1d
     try:
@@ -76,7 +81,8 @@ def _prepare(
     job = Job(chosen.settings, data, layer, here)
     checkpoint = Checkpoint(chosen.out / "checkpoint.pt", job.identity(), here, notify)
     if not chosen.resume:
-        checkpoint.remove()
+        if checkpoint.remove():
+            notify(f"Starting anew: the interrupted run in {chosen.out} is given up.")
     elif checkpoint.load(job.stages):
         done = sum(stage.position for stage in job.stages)
         total = sum(stage.total for stage in job.stages)

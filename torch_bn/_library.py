@@ -51,8 +51,8 @@ def build_info() -> dict[str, Any]:
         ``isas_supported`` (instruction sets, weakest first) and ``isa`` (the one in use).
 
     Raises:
-        RuntimeError: if the environment variable ``TORCH_BN_ISA`` holds an unknown name or an
-            instruction set that this processor lacks.
+        RuntimeError: at the import of ``torch_bn`` already, if the environment variable
+            ``TORCH_BN_ISA`` holds an unknown name or an instruction set that this processor lacks.
 
     Example:
         >>> import torch_bn

@@ -1,8 +1,11 @@
 // The extension module torch_bn._C. Importing it loads libtorch_bn, which registers the operators; it shares
 // no pybind11 type with torch's own bindings.
+#include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch_bn/build_info.h>
+
+#include <stdexcept>
 
 #include "layer.h"
 
@@ -15,6 +18,15 @@ PyMethodDef fast_methods[] = {
      METH_FASTCALL, "The layer's forward for the usual arguments; NotImplemented for others."},
     {nullptr, nullptr, 0, nullptr}};
 
+// Without the C++ frames that pybind11 would show.
+torch_bn::BuildInfo usable_build_info() {
+  try {
+    return torch_bn::build_info();
+  } catch (const c10::Error& error) {
+    throw std::runtime_error(error.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -23,7 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info",
       [] {
-        const auto info = torch_bn::build_info();
+        const auto info = usable_build_info();
         py::dict result;
         result["version"] = info.version;
         result["torch_version"] = info.torch_version;

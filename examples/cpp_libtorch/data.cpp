@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
+#include <zlib.h>
 
 #include <filesystem>
 
@@ -57,7 +58,11 @@ Dataset load_mnist(const std::string& folder) {
   const auto part = [&](int64_t from, int64_t to) {
     return Split{scaled(train.images.slice(0, from, to)), train.labels.slice(0, from, to)};
   };
-  return {part(0, fitted), part(fitted, count), {scaled(test.images), test.labels}};
+  uLong checksum = crc32(0, nullptr, 0);
+  for (const auto& array : {train.images, train.labels, test.images, test.labels})
+    checksum = crc32_z(checksum, static_cast<const Bytef*>(array.const_data_ptr()), array.nbytes());
+  return {
+      part(0, fitted), part(fitted, count), {scaled(test.images), test.labels}, static_cast<uint32_t>(checksum)};
 }
 
 Batches::Batches(const Split& split, int64_t size, int64_t seed) : split_(split), size_(size), seed_(seed) {

@@ -3,6 +3,7 @@
 
 #include <torch/types.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -15,6 +16,7 @@ struct Dataset {
   Split train;
   Split validation;  // the last tenth of the training images
   Split test;
+  uint32_t checksum;  // CRC-32 of all pixels and labels as read
 };
 
 // From the four IDX files in a folder, plain or .gz; inputs are scaled by the mean and standard deviation over all

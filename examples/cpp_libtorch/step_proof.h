@@ -27,7 +27,7 @@ class StepProof {
   // Runs the batch through `model`, leaving its gradients filled, and through the twins. Returns logits and loss.
   std::pair<torch::Tensor, torch::Tensor> check(Mlp& model, const torch::Tensor& x, const torch::Tensor& y);
 
-  // Prints the worst figure of each kind beside its bound; whether all hold.
+  // Prints each figure's worst and mean beside their bounds; whether all hold.
   bool report(std::ostream& out) const;
 
   void save(torch::serialize::OutputArchive& archive) const;

@@ -110,8 +110,10 @@ class Training {
   // Whatever changes the figures, but for the number of epochs: a finished run may be given more.
   std::string settings() const {
     std::ostringstream text;
+    text.precision(17);
     text << "placement " << name_of(options_.placement) << ", batch size " << options_.batch_size << ", lr "
-         << options_.lr << ", seed " << options_.seed << ", images " << data_.train.labels.size(0) << ", fault "
+         << options_.lr << ", seed " << options_.seed << ", threads " << at::get_num_threads() << ", images "
+         << data_.train.labels.size(0) << ", checksum " << std::hex << data_.checksum << std::dec << ", fault "
          << options_.fault;
     return text.str();
   }

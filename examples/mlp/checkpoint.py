@@ -112,10 +112,13 @@ class Checkpoint:
         if self._unsaved_steps >= EVERY_STEPS or late:
             self.save(stages)
 
-    def remove(self) -> None:
+    def remove(self) -> bool:
+        """Whether there was one."""
+        found = self._path.exists() or self._before.exists()
         if self._world.main:
             self._path.unlink(missing_ok=True)
             self._before.unlink(missing_ok=True)
+        return found
 
     def _read_either(self, stages: Sequence[Stage]) -> State | None:
         """The last checkpoint, or if it is damaged the one before; None when there is neither."""

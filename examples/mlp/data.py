@@ -46,11 +46,6 @@ class Dataset:
         """Pixels of one image, height times width."""
         return self.train.images[0].numel()
 
-    @property
-    def classes(self) -> int:
-        """Number of classes, of which labels are the indices."""
-        return CLASSES
-
 
 def load_dataset(
     directory: Path | None,

@@ -11,5 +11,9 @@ from pathlib import Path
 def written_beside(path: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `path` when the block has ended well."""
     beside = path.with_name(path.name + ".part")
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

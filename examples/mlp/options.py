@@ -215,8 +215,9 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error("argument --validate: the proofs are of one process; under torchrun it is off")
     if values.sync_bn and count == 1:
         parser.error("argument --sync-bn: there is one process; start several with torchrun")
-    if values.fused and values.placement == "none":
-        parser.error("argument --fused: placement none has no batch norm to fuse")
+    for option, chosen in (("--fused", values.fused), ("--sync-bn", values.sync_bn)):
+        if chosen and values.placement == "none":
+            parser.error(f"argument {option}: placement none has no batch norm")
     return Options(
         settings=Settings(
             placement=values.placement,

@@ -65,7 +65,7 @@ def plot_curves(training: Training, title: str, path: Path) -> None:
         axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         for ax in axes:
             _epoch_axis(ax, len(curve))
-        _legend_below(figure, axes[0], columns=len(training.history))
+        legend_below(figure, axes[0], columns=len(training.history))
         figure.suptitle(title)
         _save(figure, path)
 
@@ -104,7 +104,7 @@ def plot_steps(proof: StepProof, title: str, path: Path) -> None:
             ax.set_xlabel("step")
         for ax in axes[:, 0]:
             ax.set_ylabel("largest error / size")
-        _legend_below(figure, axes[0, 0], columns=3)
+        legend_below(figure, axes[0, 0], columns=3)
         figure.suptitle(title)
         _save(figure, path)
 
@@ -137,7 +137,7 @@ def plot_float64(stage: FreeFloat64, title: str, path: Path) -> None:
         ax.set_yscale("log")
         ax.set_xlabel("step")
         ax.set_ylabel("largest difference of a weight\nfrom torch.nn")
-        _legend_below(figure, ax, columns=2)
+        legend_below(figure, ax, columns=2)
         figure.suptitle(title)
         _save(figure, path)
 
@@ -159,7 +159,7 @@ def plot_float32(stage: FreeFloat32, title: str, path: Path) -> None:
         axes[0, 0].set_ylabel("validation accuracy")
         axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         if stage.epochs > 1:
-            _legend_below(figure, axes[0, 0], columns=2)
+            legend_below(figure, axes[0, 0], columns=2)
         figure.suptitle(title)
         _save(figure, path)
 
@@ -203,7 +203,8 @@ def _running_median(values: np.ndarray, half: int) -> np.ndarray:
     )
 
 
-def _legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """The legend of `ax` under all axes, in so many columns."""
     handles: Sequence[object]
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -23,6 +23,10 @@ from mlp.model import generator
 T = TypeVar("T")
 
 
+class JoinError(Exception):
+    """The processes could not be brought together; the message says why."""
+
+
 def processes() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,6 +90,18 @@ class World:
         return make()
 
 
+def _join(backend: str) -> None:
+    if backend == "mpi" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    # torchrun keeps its store when it starts the processes again, with the addresses of those
+    # that have ended in it. On several hosts the counts may differ: see docs/distributed.md.
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 @contextmanager
 def world(seed: int, backend: str) -> Iterator[World]:
     """The world that torchrun describes in the environment, joined while the block runs.
@@ -93,19 +109,18 @@ def world(seed: int, backend: str) -> Iterator[World]:
     Each process's default generator gets a seed of its own: what it draws, as for dropout, is
     independent of the others. Nothing else depends on it; weights and batches come from the
     generators of their own seeds, the same in every process.
+
+    Raises:
+        JoinError: if `backend` is unknown or unusable here, or the others cannot be reached.
     """
     if processes() == 1:
         yield World()
         return
-    if backend == "mpi" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        dist.init_process_group(backend)
-    else:
-        # torchrun keeps its store when it starts the processes again, with the addresses of those
-        # that have ended in it. On several hosts the counts may differ: see docs/distributed.md.
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store = dist.PrefixStore(attempt, store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        _join(backend)
+    except (RuntimeError, AssertionError, ValueError) as error:  # whatever the backend raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise JoinError(f"the processes cannot be joined by '{backend}': {reason[0]}") from error
     joined = World(dist.get_rank(), dist.get_world_size())
     torch.manual_seed(generator("rank", seed, joined.rank).initial_seed())
     try:

@@ -45,7 +45,8 @@ def _study(chosen: options.Options, console: Console, stop: Interruption) -> int
     identity = {**versions(), "data": f"{data.name}, sha256 {fingerprint(data)[:12]}"}
     results = chosen.out / "results"
     if chosen.restart:
-        shutil.rmtree(results, ignore_errors=True)
+        for each in experiments:
+            shutil.rmtree(results / each.name, ignore_errors=True)
     stop.defer()
     store = Store(results, identity)
     runs = run_all(experiments, chosen.quick, data, store, chosen.jobs, console, stop)

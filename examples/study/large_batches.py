@@ -185,8 +185,8 @@ def findings(runs: Sequence[Run]) -> Findings:
         [
             f"{settings['epochs']} epochs, the rate divided by 10 every {settings['drop_every']} "
             "of them up to three times; the paper divides at epochs 10, 20 and 30. The same epochs "
-            "are fewer updates with large batches. The paper's table is not quoted here: we have "
-            "not read it."
+            "are fewer updates with large batches. The paper's table is not compared with these "
+            "figures: its networks and data are others."
         ],
     )
 

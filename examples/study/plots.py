@@ -24,6 +24,7 @@ from matplotlib.ticker import (
 from numpy.typing import ArrayLike
 
 from mlp.plots import STYLE
+from mlp.plots import legend_below as legend_below
 
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -38,11 +39,6 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.8, **more: Any) 
     """A figure and its axes, (rows, columns), in the study's style."""
     with plt.rc_context(STYLE):
         return plt.subplots(rows, columns, figsize=(9.6, height * rows), squeeze=False, **more)
-
-
-def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def percent(ax: Axes) -> None:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import gzip
 import os
-import struct
 from pathlib import Path
 
 import pytest
 import torch
+from idx_files import contents
 
 from mlp import data, fetch, idx
 
 TRAINING, TEST = 25, 7
 STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-
-
-def pack(values: torch.Tensor) -> bytes:
-    """An IDX file of `values`."""
-    shape = values.shape
-    return struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + values.numpy().tobytes()
 
 
 def samples() -> dict[str, torch.Tensor]:
@@ -36,7 +30,7 @@ def samples() -> dict[str, torch.Tensor]:
 def lay(folder: Path, dot: bool = False, zipped: bool = False, **changed: torch.Tensor) -> Path:
     for stem, values in (samples() | changed).items():
         name = f"{stem}{'.' if dot else '-'}idx{values.dim()}-ubyte{'.gz' if zipped else ''}"
-        (folder / name).write_bytes(gzip.compress(pack(values)) if zipped else pack(values))
+        (folder / name).write_bytes(gzip.compress(contents(values)) if zipped else contents(values))
     return folder
 
 
@@ -44,7 +38,7 @@ def replace(folder: Path, stem: str, values: torch.Tensor) -> Path:
     """Write `values` under the standard name of `stem`, whatever their rank."""
     lay(folder)
     (path,) = folder.glob(f"{stem}*")
-    path.write_bytes(pack(values))
+    path.write_bytes(contents(values))
     return folder
 
 
@@ -79,7 +73,7 @@ def test_the_last_tenth_is_for_validation(tmp_path: Path) -> None:
     assert torch.equal(dataset.validation.labels, expected["train-labels"][23:].long())
     assert torch.equal(dataset.test.images, expected["t10k-images"])
     assert (dataset.name, dataset.source) == ("mnist", str(tmp_path))
-    assert (dataset.features, dataset.classes) == (6, 10)
+    assert dataset.features == 6
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -172,7 +166,7 @@ def test_where_nothing_can_be_fetched_the_digits_are_used(digits) -> None:
     assert "\n" not in line
     assert "nowhere/train-images-idx3-ubyte.gz" in line
     assert "digits (1797 images of 8 by 8)" in line
-    assert (dataset.name, dataset.features, dataset.classes) == ("digits", 64, 10)
+    assert (dataset.name, dataset.features) == ("digits", 64)
 
 
 def test_the_digits_are_split_stratified_and_complete(digits) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import gzip
 import os
-import struct
 from pathlib import Path
 
 import pytest
 import torch
+from idx_files import header
 
 from mlp import idx
 
 VALUES = torch.arange(2 * 3 * 4, dtype=torch.uint8).reshape(2, 3, 4)
-
-
-def header(*shape: int) -> bytes:
-    return struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
 
 
 def body(values: torch.Tensor) -> bytes:

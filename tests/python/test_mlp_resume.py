@@ -308,12 +308,9 @@ def stop_at(words: str, number: signal.Signals, process: subprocess.Popen[str]) 
     return process.returncode, rest
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_real_signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = torch.get_num_threads()
-    try:
-        whole = train_mlp.main([*OFFLINE, "--placement", "after", "--out", str(tmp_path / "whole")])
-    finally:
-        torch.set_num_threads(before)
+    whole = train_mlp.main([*OFFLINE, "--placement", "after", "--out", str(tmp_path / "whole")])
     assert whole == 0
     out = tmp_path / "parts"
     status, shown = stop_at("epoch 1/", signal.SIGINT, start(out, "--resume"))
@@ -348,6 +345,7 @@ def test_real_signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (out / "checkpoint.pt").exists()
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_nothing_to_resume_and_overwriting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,3 +364,4 @@ def test_nothing_to_resume_and_overwriting(
     assert "\n" not in error
     assert train_mlp.main(argv) == 0
     assert not (tmp_path / "checkpoint.pt").exists()
+    assert f"the interrupted run in {tmp_path} is given up" in capsys.readouterr().out

@@ -143,11 +143,27 @@ def test_resumed_after_torchrun_was_terminated(tmp_path: Path) -> None:
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_a_backend_that_torch_has_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.distributed.is_mpi_available():
+        pytest.skip("this torch has MPI")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_mlp.main(["--backend", "mpi"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the processes cannot be joined by 'mpi': ")
+
+
 @pytest.mark.parametrize(
     ("environment", "arguments", "words"),
     [
         ({"WORLD_SIZE": "2"}, ["--validate", "full"], "under torchrun it is off"),
         ({}, ["--sync-bn"], "start several with torchrun"),
+        (
+            {"WORLD_SIZE": "2"},
+            ["--sync-bn", "--placement", "none"],
+            "--sync-bn: placement none has no batch norm",
+        ),
     ],
 )
 def test_wrong_usage(

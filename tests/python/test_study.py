@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mlp.checkpoint import Interruption
 from mlp.data import Dataset, Split, load_dataset
+from mlp.files import written_beside
 from study import __main__ as program
 from study import runner
 from study.catalogue import EXPERIMENTS
@@ -150,6 +151,37 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, digits: Datas
     runs = run_all(counting(made), digits, tmp_path, Interruption())
     assert made == [0, 1, 2, 3]
     assert [run.result["square"] for run in runs["counting"]] == [0, 1, 4, 9]
+
+
+def test_restart_forgets_no_other_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr("study.runner.run_all", interrupted)
+    chosen, other = list(EXPERIMENTS.values())[:2]
+    for each in (chosen, other):
+        (tmp_path / "results" / each.name).mkdir(parents=True)
+    options = ["--only", str(chosen.number), "--restart", "--quick", "--out", str(tmp_path)]
+    options += ["--data-url", "http://127.0.0.1:9/", "--cache", str(tmp_path / "cache")]
+    assert program.main(options) == 130
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [other.name]
+
+
+def test_a_file_that_could_not_be_written_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    path.write_text("old")
+
+    def write() -> None:
+        with written_beside(path) as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_results_belong_to_settings_and_identity(tmp_path: Path) -> None:

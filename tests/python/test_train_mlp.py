@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import train_mlp
+from idx_files import write_images
 from matplotlib import image
 from torch import Tensor, nn
 
 import torch_bn
 from mlp import options
-from mlp.model import generator
 
 PLOTS = ("curves.png", "per_step.png", "free_float64.png", "free_float32.png")
 
@@ -26,17 +27,7 @@ pytestmark = pytest.mark.usefixtures("restored_threads")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """IDX files of 210 training and 50 test images of 4 by 4, easily told apart."""
-    folder = tmp_path_factory.mktemp("idx")
-    for prefix, count in (("train", 210), ("t10k", 50)):
-        source = generator("images", prefix)
-        labels = torch.randint(10, (count,), generator=source, dtype=torch.uint8)
-        images = torch.randint(80, (count, 4, 4), generator=source, dtype=torch.uint8)
-        images.view(count, 16)[torch.arange(count), labels.long()] += 150
-        for kind, tensor in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">{tensor.dim() + 1}I", 0x800 + tensor.dim(), *tensor.shape)
-            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + tensor.numpy().tobytes())
-    return folder
+    return write_images(tmp_path_factory.mktemp("idx"))
 
 
 def run(data: Path, out: Path, *more: str, layer: Any = None) -> int:
@@ -99,7 +90,7 @@ def test_data_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         ("--preprocess whiten", "--preprocess: invalid choice"),
         ("--validate some", "--validate: invalid choice"),
         ("--device cuda", "unrecognized arguments: --device cuda"),
-        ("--fused --placement none", "--fused: placement none has no batch norm to fuse"),
+        ("--fused --placement none", "--fused: placement none has no batch norm"),
     ],
 )
 def test_wrong_arguments(argv: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +111,18 @@ def test_unusable_data_and_out(
     (tmp_path / "file").touch()
     assert run(data, tmp_path / "file") == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_an_instruction_set_that_is_not_there(data: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, train_mlp.__file__, "--data", data, "--out", tmp_path],
+        env={**os.environ, "TORCH_BN_ISA": "sse9"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: TORCH_BN_ISA=sse9: unknown instruction set; valid names are ")
 
 
 @pytest.mark.parametrize(
