@@ -37,11 +37,11 @@ setup:
 
 train: setup
 	@set -e; for placement in $(PLACEMENTS); do \
-	  $(VENV)/bin/python examples/train_mlp.py --placement $$placement $(if $(DATA),--data $(DATA)) $(ARGS); \
+	  $(VENV)/bin/python examples/train_mlp.py --placement $$placement $(if $(DATA),--data "$(DATA)") $(ARGS); \
 	done
 
 study: setup
-	@PYTHONPATH=examples $(VENV)/bin/python -m study $(if $(DATA),--data $(DATA)) $(ARGS)
+	@PYTHONPATH=examples $(VENV)/bin/python -m study $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint test-cpp test-python
 

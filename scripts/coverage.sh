@@ -78,5 +78,8 @@ run_report() {
 
 [ $# -gt 0 ] || set -- build cpp python report
 for part in "$@"; do
+  declare -F "run_$part" > /dev/null || { echo "torch_bn: there is no part '$part'; the first lines of $0 name them." >&2; exit 2; }
+done
+for part in "$@"; do
   run_"$part"
 done

@@ -74,6 +74,9 @@ run_valgrind() {
 [ $# -gt 0 ] || set -- address threads valgrind
 clean=()
 for part in "$@"; do
+  declare -F "run_$part" > /dev/null || { echo "torch_bn: there is no part '$part'; the first lines of $0 name them." >&2; exit 2; }
+done
+for part in "$@"; do
   echo "torch_bn: $part"
   # Not under `||`, where bash would go on after a failure.
   set +e

@@ -57,10 +57,12 @@ class SyncBatchNorm1d(BatchNorm1d):
 
     Raises:
         ValueError: in forward, for an input that is neither 2D nor 3D, one value per channel in
-            all processes together in training, or an ``eps`` that is not positive.
-        RuntimeError: in forward, for another number of channels or a dtype that does not fit, or
-            when the processes do not do the same; in forward and backward, when the collective
-            fails because a process has ended, or does not come within the group's timeout.
+            all processes together in training, an ``eps`` that is not positive, or a
+            ``virtual_batch_size`` or ``channels_last`` that was set.
+        RuntimeError: in forward, for another number of channels, a dtype that does not fit, a
+            group that is gone, or when the processes do not do the same; in forward and backward,
+            when the collective fails because a process has ended, or does not come within the
+            group's timeout.
         NotImplementedError: for an integer or complex input, a second derivative, or the
             transforms of :mod:`torch.func`.
 
@@ -103,7 +105,11 @@ class SyncBatchNorm1d(BatchNorm1d):
 
     @property
     def process_group(self) -> _ProcessGroup | None:
-        """The processes whose batches belong together; all of them when None."""
+        """The processes whose batches belong together; all of them when None.
+
+        Raises:
+            RuntimeError: if the group has ended, or this process is not in it.
+        """
         if self._group_name is None:
             return None
         try:

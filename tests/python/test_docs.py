@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -34,9 +35,15 @@ def test_the_code_of_distributed_runs_in_a_group_of_one() -> None:
     model = "import torch\nmodel = torch.nn.Sequential(torch.nn.BatchNorm1d(3))\n"
     train = "def train():\n    print(model, dist.get_world_size())\n"
     code = model + train + blocks("docs/distributed.md")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # The host's name need not resolve: the loopback device's address does.
+    command += ["--local-addr", "127.0.0.1", "--no-python"]
     done = subprocess.run(
-        [*command, sys.executable, "-c", code], text=True, capture_output=True, timeout=120
+        [*command, sys.executable, "-c", code],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        text=True,
+        capture_output=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "SyncBatchNorm1d" in done.stdout
@@ -46,6 +53,23 @@ def test_the_code_of_distributed_runs_in_a_group_of_one() -> None:
 def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tests_that_a_page_names_are_there(page: str) -> None:
+    files = [path for kind in ("*.py", "*.cpp") for path in (ROOT / "tests").rglob(kind)]
+    text = "".join(path.read_text() for path in files)
+    there = {*re.findall(r"^def (test_\w+)", text, re.MULTILINE), *(path.stem for path in files)}
+    named = re.findall(r"(?<!\w)test_\w+", (ROOT / page).read_text())
+    assert {name for name in named if name not in there} == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_make_that_a_page_names_are_there(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", makefile, re.MULTILINE))
+    named = re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert {name for name in named if name not in targets} == set()
 
 
 def test_the_citation_is_of_this_version() -> None:
