@@ -12,7 +12,7 @@
 #   make coverage                   what the tests reach, of C++ and Python, build/coverage/html; ARGS goes to pytest
 #   make wheel                      the sdist and a manylinux wheel in dist/, installed and imported beside torch alone
 #   make docs                       the documentation as a site, build/docs/index.html
-#   make accuracy                   the table of errors, docs/accuracy.md
+#   make accuracy                   the table of errors, docs/accuracy.md; ARGS="--quick" prints a small one
 #   make bench                      time against the builtin and other peers, in ten minutes
 #   make bench ARGS="--docs docs"   the same, into docs/performance.md; python -m benchmarks --help has more
 #   make bench-quick                fewer shapes, in about a minute
@@ -78,7 +78,7 @@ docs: setup
 	@scripts/docs.sh
 
 accuracy: setup
-	@$(VENV)/bin/python benchmarks/accuracy.py --docs docs $(ARGS)
+	@$(VENV)/bin/python benchmarks/accuracy.py $(if $(ARGS),$(ARGS),--docs docs)
 
 bench: setup
 	@$(VENV)/bin/python -m benchmarks $(ARGS)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from . import fused, guard, layers, models, page
 from .figures import draw
+from .files import folder_for
 from .guard import ENVIRONMENT
 from .machine import busy, environment, processors
 from .peers import DIRECTIONS, PEERS
@@ -61,14 +62,31 @@ def shape(text: str) -> layers.Shape:
     return sizes
 
 
+def seconds(text: str) -> float:
+    """A time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--shape", nargs="+", type=shape, metavar="NxC", help="64x100, or 32x64x512 (N, C, L)")
-    add("--dtype", choices=DTYPES, default="float32", help="of grid, fused and kernels")
+    add("--dtype", choices=DTYPES, default="float32", help="of layers and kernels")
     add("--threads", nargs="+", type=int, metavar="K", help="default: all processors, and 1")
-    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of grid, fused")
+    add(
+        "--direction",
+        nargs="+",
+        choices=DIRECTIONS,
+        default=DIRECTIONS,
+        help="of layers",
+    )
     add(
         "--peers",
         nargs="*",
@@ -77,7 +95,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
         "few shapes",
     )
     add("--quick", action="store_true", help="fewer shapes and repetitions, in about a minute")
-    add("--seconds", type=float, help="the time for one case")
+    add("--seconds", type=seconds, help="the time for one case")
     add("--json", type=Path, default=Path("runs/benchmarks/result.json"), help="written here")
     add("--docs", type=Path, metavar="DIR", help="write DIR/performance.md and its plots")
     add("--add", action="store_true", help="keep what the JSON file holds of other parts")
@@ -105,8 +123,12 @@ def plan_of(chosen: argparse.Namespace, say: Callable[[str], None]) -> layers.Pl
     )
 
 
-def measure(chosen: argparse.Namespace, console: Console) -> Result:
-    """Every part that was asked for."""
+def measure(
+    chosen: argparse.Namespace,
+    console: Console,
+    keep: Callable[[Result], None] = lambda _: None,
+) -> Result:
+    """Every part that was asked for; what there is after each is given to `keep`."""
     result = Result(environment(), settings_of(chosen))
     with console.status("") as status:
         plan = plan_of(chosen, lambda text: status.update(text))
@@ -124,6 +146,7 @@ def measure(chosen: argparse.Namespace, console: Console) -> Result:
             gc.collect()
             start = time.perf_counter()
             part(own, result)
+            keep(result)
             console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim")
     return result
 
@@ -149,6 +172,18 @@ def keep_others(result: Result, earlier: Result) -> None:
     result.absent[:0] = [a for a in earlier.absent if a.part not in measured]
 
 
+def outputs(chosen: argparse.Namespace) -> Result:
+    """Make sure that the results can be written, and read what they are added to.
+
+    Raises OSError or ValueError, in words.
+    """
+    folder_for(chosen.json)
+    if chosen.docs:
+        folder_for(chosen.docs / "performance.md")
+        page.read(chosen.docs / "performance.md")
+    return earlier_result(chosen.json) if chosen.add and chosen.json.exists() else Result()
+
+
 def main(arguments: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
@@ -156,19 +191,26 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "compare":
         return guard.main(arguments[1:], console)
     chosen = options(arguments)
-    earlier = Result()
-    if chosen.add and chosen.json.exists():
-        try:
-            earlier = earlier_result(chosen.json)
-        except ValueError as error:
-            console.print(f"--add: {error}", style="red")
-            return 2
-    result = measure(chosen, console)
+    try:
+        earlier = outputs(chosen)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # The file itself may hold a whole run of another time.
+    partial = chosen.json.with_name(f"{chosen.json.stem}.partial.json")
+    try:
+        result = measure(chosen, console, lambda result: result.write(partial))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        if partial.exists():
+            print(f"what was measured is in {partial}", file=sys.stderr)
+        return 130
     keep_others(result, earlier)
     print_tables(result, console)
     if warning := busy(result.environment):
         console.print(warning, style="yellow")
     result.write(chosen.json)
+    partial.unlink(missing_ok=True)
     pictures = draw(result, chosen.docs or chosen.json.parent)
     if chosen.docs:
         page.write(result, pictures, chosen.docs / "performance.md")

@@ -21,6 +21,7 @@ import torch_bn
 from accuracy_peers import compare
 from accuracy_report import draw, markdown, print_tables
 from errors import QUANTITIES, Problem, errors, make_problem, mean_over_std, run
+from files import folder_for, written_beside
 
 MEANS = (0.0, 1.0, 100.0, 1e4, 1e6)
 STDS = (1e-2, 1.0, 1e3)
@@ -143,22 +144,32 @@ def special_cases() -> list[tuple[str, str, str]]:
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """Every figure, one a line."""
-    with path.open("w", newline="") as file:
+    with written_beside(path) as beside, beside.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Row.__dataclass_fields__)
         writer.writerows(asdict(row).values() for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write; 1 if a bound does not hold."""
+    """Measure, print, write; 1 if a bound does not hold, 2 if nothing could be written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder to write")
     parser.add_argument("--docs", type=Path, help="also write accuracy.md and its plot here")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--threads", type=int, help="threads of both (default: torch's own)")
     options = parser.parse_args(argv)
-    if options.threads:
+    if options.quick and options.docs:
+        parser.error("--docs: the page is of the whole table, not of --quick")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error("--threads must be positive")
         torch.set_num_threads(options.threads)
+    try:
+        for folder in filter(None, (options.out, options.docs)):
+            folder_for(folder / "accuracy.png")
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
     rows = [
         row
@@ -168,12 +179,12 @@ def main(argv: list[str] | None = None) -> int:
     special = special_cases()
     others = compare(options.quick)
     print_tables(rows, special, others)
-    options.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, options.out / "accuracy.csv")
     draw(rows, options.out / "accuracy.png")
     if options.docs:
         draw(rows, options.docs / "accuracy.png")
-        (options.docs / "accuracy.md").write_text(markdown(rows, special, others))
+        with written_beside(options.docs / "accuracy.md") as beside:
+            beside.write_text(markdown(rows, special, others))
     print(f"figures and plot: {options.out}/accuracy.csv, {options.out}/accuracy.png")
     return 0 if all(row.holds for row in rows) else 1
 

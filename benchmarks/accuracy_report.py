@@ -18,6 +18,7 @@ from rich.table import Table
 import torch_bn
 from accuracy_peers import HEADING, THREADS
 from errors import QUANTITIES
+from files import written_beside
 
 if TYPE_CHECKING:
     from accuracy import Row
@@ -135,7 +136,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     )
     figure.suptitle("Training output in float32 against float64 arithmetic on the same data")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as beside:
+        figure.savefig(beside, format="png", dpi=150)
     plt.close(figure)
 
 

@@ -26,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_bn
 
+from .files import written_beside
+from .page import replace_between
+
 ROWS = 64
 BEGIN = "<!-- BEGIN measured: written by python -m benchmarks.distributed --docs docs -->"
 END = "<!-- END measured -->"
@@ -253,7 +256,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=110)
+    with written_beside(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)
 
 
 def in_own_network(arguments: list[str]) -> int | None:
@@ -274,6 +278,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--docs", type=Path, help="folder of distributed.md and its plot")
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
     chosen = parser.parse_args(arguments)
+    if chosen.docs:
+        try:
+            text = (chosen.docs / "distributed.md").read_text()
+        except OSError as error:
+            parser.error(f"--docs: {error}")
+        if not -1 < text.find(BEGIN) < text.find(END):
+            parser.error(f"--docs: the page needs {BEGIN!r} and after it {END!r}")
     extent = QUICK if chosen.quick else Extent()
     status = in_own_network(arguments)
     if status is not None:
@@ -292,13 +303,15 @@ def main(arguments: list[str]) -> int:
     print(table, fit, sep="\n\n")
     if chosen.docs:
         page = chosen.docs / "distributed.md"
-        text = page.read_text()
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        about = f"Medians in µs; {os.cpu_count()} cores, one thread a process, {ROWS} rows each."
+        about = (
+            f"Medians of {extent.repetitions} in µs; {os.cpu_count()} cores, one thread a process, "
+            f"{ROWS} rows each."
+        )
         picture = "![Bytes and time of a layer step over the number of processes](distributed.png)"
-        block = "\n\n".join(["", about, table, fit, picture, ""])
-        page.write_text(text[:begin] + block + text[end:])
+        block = "\n\n".join([about, table, fit, picture])
         plot(rows, chosen.docs / "distributed.png")
+        with written_beside(page) as beside:
+            beside.write_text(replace_between(page.read_text(), block, (BEGIN, END)))
     return 0
 
 

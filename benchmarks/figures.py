@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from .files import written_beside
 from .fused import COMPILE
 from .machine import one_line
 from .peers import DIRECTIONS
@@ -311,7 +312,6 @@ FIGURES: dict[str, Callable[[Result], Figure | None]] = {
 
 def draw(result: Result, folder: Path) -> list[Path]:
     """Writes performance-*.png for every part that was measured; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     with plt.rc_context(STYLE):
         for name, make in FIGURES.items():
@@ -320,7 +320,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
                 continue
             figure.text(0.995, -0.01, one_line(result.environment), ha="right", va="top", size=7)
             path = folder / f"performance-{name}.png"
-            figure.savefig(path, bbox_inches="tight")
+            with written_beside(path) as beside:
+                figure.savefig(beside, format="png", bbox_inches="tight")
             plt.close(figure)
             written.append(path)
     return written

@@ -151,7 +151,7 @@ class DeepStep:
         self.loss.backward()
 
 
-def deep_steps(order: str, batch: int, result: Result) -> dict[str, DeepStep]:
+def deep_steps(order: str, batch: int) -> dict[str, DeepStep]:
     """One of each kind, and of the fused one under lean()."""
     kinds = {name: make for name, make in between(order).items() if name != "without"}
     found = networks(DEEP, {name: kinds[name] for name in ("builtin", "unfused", "fused")})
@@ -159,12 +159,7 @@ def deep_steps(order: str, batch: int, result: Result) -> dict[str, DeepStep]:
     x = torch.randn(batch, DEEP[0], generator=generator)
     target = torch.randint(DEEP[-1], (batch,), generator=generator)
     steps = {name: DeepStep(model, x, target) for name, model in found.items()}
-    lean: Context | None = getattr(torch_bn, "lean", None)
-    if lean is None:
-        result.miss("fused-memory", "lean", "this torch_bn has no lean()")
-    else:
-        steps["lean"] = DeepStep(found["fused"], x, target, lean)
-    return steps
+    return steps | {"lean": DeepStep(found["fused"], x, target, torch_bn.lean)}
 
 
 @contextmanager
@@ -190,7 +185,7 @@ def memory(plan: Plan, result: Result) -> None:
     with threads_set(count):
         for order in ORDERS:
             plan.say(f"memory of {order}, batch {batch}")
-            steps = deep_steps(order, batch, result)
+            steps = deep_steps(order, batch)
             held = {n: allocated_after(s.forward, s.clear) for n, s in steps.items()}
             peak = {n: allocated_peak(s.step, s.clear) for n, s in steps.items()}
             with gradients_dropped(s.model for s in steps.values()):

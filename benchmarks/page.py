@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import written_beside
 from .machine import one_line
 from .result import Result
 from .tables import all_tables
@@ -30,7 +31,7 @@ def measured(result: Result, pictures: Sequence[Path]) -> str:
     return "\n\n".join(parts)
 
 
-def replace_between(text: str, new: str) -> str:
+def replace_between(text: str, new: str, comments: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with what lies between the comments replaced; with both appended if it has neither.
 
     >>> replace_between(f"before {BEGIN} old {END} after", "new").split()[-2:]
@@ -38,17 +39,25 @@ def replace_between(text: str, new: str) -> str:
 
     Raises ValueError when only one of the two is there, or they are in the wrong order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    block = f"{BEGIN}\n\n{new}\n\n{END}"
+    first, last = comments
+    begin, end = text.find(first), text.find(last)
+    block = f"{first}\n\n{new}\n\n{last}"
     if begin < 0 and end < 0:
         return f"{text.rstrip()}\n\n{block}\n".lstrip("\n")
     if begin < 0 or end < begin:
-        raise ValueError(f"the page needs {BEGIN!r} and after it {END!r}")
-    return text[:begin] + block + text[end + len(END) :]
+        raise ValueError(f"the page needs {first!r} and after it {last!r}")
+    return text[:begin] + block + text[end + len(last) :]
+
+
+def read(page: Path) -> str:
+    """The page, or the beginning of one; ValueError if there is no place for what is measured."""
+    text = page.read_text() if page.exists() else "# Performance\n"
+    replace_between(text, "")
+    return text
 
 
 def write(result: Result, pictures: Sequence[Path], page: Path) -> None:
     """Makes the page if there is none."""
-    text = page.read_text() if page.exists() else "# Performance\n"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(replace_between(text, measured(result, pictures)))
+    text = replace_between(read(page), measured(result, pictures))
+    with written_beside(page) as beside:
+        beside.write_text(text)

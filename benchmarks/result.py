@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .files import written_beside
+
 FORMAT = 1
 MAX_BYTES = 1 << 26
 """Largest file that is read as a result; a whole run's has 0.4 MB."""
@@ -129,9 +131,9 @@ class Result:
             self.absent.append(absence)
 
     def write(self, path: Path) -> None:
-        """As JSON; the folder is made if it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """As JSON, which takes the place of an older file whole."""
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @staticmethod
     def read(path: Path) -> Result:

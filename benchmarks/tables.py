@@ -285,7 +285,10 @@ def other_tables(result: Result) -> list[Table]:
             caption = ""
             if samples == groups[-1]:
                 caption = f"{_CAPTIONS[part]} {absences(result, part)}".strip()
-            tables.append(Table(PART_NAMES[part], ("case", *samples, *names), rows, caption))
+            title = PART_NAMES[part]
+            if len(groups) > 1:
+                title += f": {records[0].what.partition(',')[0]}"
+            tables.append(Table(title, ("case", *samples, *names), rows, caption))
         if not result.of(part) and absences(result, part):
             tables.append(Table(PART_NAMES[part], ("case",), [], absences(result, part)))
     return tables

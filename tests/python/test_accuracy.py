@@ -54,7 +54,8 @@ def test_scales_at_the_ends_of_float32(scale: float) -> None:
     x = torch.tensor([[1.0], [-1.0]]).repeat(50, 1) * scale
     d = x.double()
     y = normalised(x)
-    # One rounding of the result, 6e-8, or half the spacing of subnormals, 7e-46.
+    # The mean is 0, which leaves two roundings, of the scale and of the product: for these data
+    # less than one of 6e-8, or than half the spacing of subnormals, 7e-46.
     want = d / (d.square().mean() + 1e-5).sqrt()
     assert torch.allclose(y.double(), want, rtol=6.1e-8, atol=7.1e-46)
     assert y.abs().min() > 0

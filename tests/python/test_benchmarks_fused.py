@@ -124,7 +124,7 @@ def test_memory_of_a_deep_network() -> None:
 
 @pytest.mark.usefixtures("deep")
 def test_gradients_are_dropped_only_inside() -> None:
-    step = fused.deep_steps("BN then ReLU", 8, Result())["fused"]
+    step = fused.deep_steps("BN then ReLU", 8)["fused"]
     parameters = list(step.model.parameters())
     with fused.gradients_dropped([step.model, step.model]):
         step.step()
@@ -147,10 +147,8 @@ def test_lean_spans_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         inside[0] = False
 
     monkeypatch.setattr(torch_bn, "lean", lean, raising=False)
-    result = Result()
-    steps = fused.deep_steps("BN then ReLU", 8, result)
+    steps = fused.deep_steps("BN then ReLU", 8)
     assert list(steps) == [*("builtin", "unfused", "fused"), "lean"]
-    assert result.absent == []
     assert steps["lean"].model is steps["fused"].model
     model = steps["lean"].model
     model.register_forward_hook(lambda *_: seen.append(("forward", inside[0])))
@@ -158,14 +156,6 @@ def test_lean_spans_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lean", "fused"):
         steps[name].step()
     assert seen == [("forward", True), ("backward", False), ("forward", False), ("backward", False)]
-
-
-@pytest.mark.usefixtures("deep")
-def test_a_library_without_lean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch_bn, "lean", raising=False)
-    result = Result()
-    assert set(fused.deep_steps("ReLU then BN", 8, result)) == set(NAMES)
-    assert [(a.part, a.peer) for a in result.absent] == [("fused-memory", "lean")]
 
 
 def run(path: Path, *arguments: str) -> Result:

@@ -34,7 +34,9 @@ def test_accuracy(
     docs = tmp_path / "docs"
     docs.mkdir()
     out = tmp_path / "out"
-    assert accuracy.main(["--quick", "--out", str(out), "--docs", str(docs)]) == 0
+    small = accuracy_peers.compare
+    monkeypatch.setattr(accuracy, "compare", lambda _: small(True))
+    assert accuracy.main(["--out", str(out), "--docs", str(docs)]) == 0
     with (out / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     # Six quantities in training, four in evaluation.
@@ -57,6 +59,46 @@ def test_figures_beyond_their_bounds_are_a_failure(
     monkeypatch.setattr(accuracy, "compare", lambda _: [])
     assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "figures are beyond their bounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quick", "--docs", "."], "--docs: the page is of the whole table"),
+        (["--threads", "0"], "--threads must be positive"),
+        (["--threads", "-1"], "--threads must be positive"),
+        (["--out", "taken"], "error: "),
+        (["--docs", "taken"], "error: "),
+    ],
+)
+def test_accuracy_refuses_before_it_measures(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("a file")
+    monkeypatch.setattr(accuracy, "cases", None)  # nothing comes as far as that
+    try:
+        status = accuracy.main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [None, "without its comments"])
+def test_distributed_refuses_before_it_measures(
+    page: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page is not None:
+        (tmp_path / "distributed.md").write_text(page)
+    monkeypatch.setattr(distributed, "in_own_network", None)  # nothing comes as far as that
+    with pytest.raises(SystemExit) as ended:
+        distributed.main(["--docs", str(tmp_path)])
+    assert ended.value.code == 2
 
 
 @pytest.mark.parametrize("own_network", [True, False])
