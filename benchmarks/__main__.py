@@ -80,13 +80,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--shape", nargs="+", type=shape, metavar="NxC", help="64x100, or 32x64x512 (N, C, L)")
     add("--dtype", choices=DTYPES, default="float32", help="of layers and kernels")
     add("--threads", nargs="+", type=int, metavar="K", help="default: all processors, and 1")
-    add(
-        "--direction",
-        nargs="+",
-        choices=DIRECTIONS,
-        default=DIRECTIONS,
-        help="of layers",
-    )
+    add("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of layers")
     add(
         "--peers",
         nargs="*",
@@ -123,11 +117,7 @@ def plan_of(chosen: argparse.Namespace, say: Callable[[str], None]) -> layers.Pl
     )
 
 
-def measure(
-    chosen: argparse.Namespace,
-    console: Console,
-    keep: Callable[[Result], None] = lambda _: None,
-) -> Result:
+def measure(chosen: argparse.Namespace, console: Console, keep: Callable[[Result], None]) -> Result:
     """Every part that was asked for; what there is after each is given to `keep`."""
     result = Result(environment(), settings_of(chosen))
     with console.status("") as status:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import torch_bn
 
 from .files import written_beside
-from .page import replace_between
+from .page import replace_in
 
 ROWS = 64
 BEGIN = "<!-- BEGIN measured: written by python -m benchmarks.distributed --docs docs -->"
@@ -310,8 +310,7 @@ def main(arguments: list[str]) -> int:
         picture = "![Bytes and time of a layer step over the number of processes](distributed.png)"
         block = "\n\n".join([about, table, fit, picture])
         plot(rows, chosen.docs / "distributed.png")
-        with written_beside(page) as beside:
-            beside.write_text(replace_between(page.read_text(), block, (BEGIN, END)))
+        replace_in(page, page.read_text(), block, (BEGIN, END))
     return 0
 
 

@@ -58,6 +58,11 @@ def read(page: Path) -> str:
 
 def write(result: Result, pictures: Sequence[Path], page: Path) -> None:
     """Makes the page if there is none."""
-    text = replace_between(read(page), measured(result, pictures))
+    replace_in(page, read(page), measured(result, pictures))
+
+
+def replace_in(page: Path, text: str, new: str, comments: tuple[str, str] = (BEGIN, END)) -> None:
+    """Writes a page whose text is `text`, with what lies between the comments replaced."""
+    text = replace_between(text, new, comments)
     with written_beside(page) as beside:
         beside.write_text(text)

@@ -107,7 +107,7 @@ class Recorder(Mapping[str, LayerRecord]):
         layers: their names in ``model.named_modules()``, or types, of which all layers are; every
             batch norm by default.
         every: record one step of so many, the first included. The others cost a call of a hook.
-        percentiles: percents, 0 to 100, of the distribution of a unit over all but dimension 1.
+        percentiles: percents, 0 to 100, of the distribution of a unit over all but the channels.
         units: whose percentiles are recorded, as indices of channels; all by default. NaN where a
             layer has fewer channels.
         gradients: whether gradient norms are recorded in the backward.

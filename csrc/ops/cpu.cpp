@@ -41,7 +41,7 @@ Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& g
   const auto& table = active_kernels();
   BackwardCall call(grad_output, input, weight, bias, stats, training, relu);
   auto& args = call.args;
-  const auto param_options = input.options().dtype(parameter_dtype(input, bias, weight));
+  const auto param_options = input.options().dtype(call.param_dtype);
   at::Tensor grad_weight;
   at::Tensor grad_bias;
   if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.options());

@@ -125,10 +125,12 @@ class BackwardCall {
  public:
   BackwardCall(const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& weight,
                const std::optional<at::Tensor>& bias, const at::Tensor& stats, bool training, int64_t relu)
-      : stats_(stats.contiguous()), scratch_(scratch_for(shape_of(input), kernels::backward_scratch)) {
+      : param_dtype(parameter_dtype(input, bias, weight)),
+        stats_(stats.contiguous()),
+        scratch_(scratch_for(shape_of(input), kernels::backward_scratch)) {
     args.shape = shape_of(input);
     args.dtype = kernel_dtype(input.scalar_type());
-    args.param_dtype = kernel_dtype(parameter_dtype(input, bias, weight));
+    args.param_dtype = kernel_dtype(param_dtype);
     args.relu = static_cast<kernels::Relu>(relu);
     args.training = training;
     args.grad_output = view_of(grad_output);
@@ -144,6 +146,7 @@ class BackwardCall {
   BackwardCall(const BackwardCall&) = delete;
   BackwardCall& operator=(const BackwardCall&) = delete;
 
+  const at::ScalarType param_dtype;
   kernels::BackwardArgs args{};
 
  private:

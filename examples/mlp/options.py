@@ -215,9 +215,9 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error("argument --validate: the proofs are of one process; under torchrun it is off")
     if values.sync_bn and count == 1:
         parser.error("argument --sync-bn: there is one process; start several with torchrun")
-    for option, chosen in (("--fused", values.fused), ("--sync-bn", values.sync_bn)):
-        if chosen and values.placement == "none":
-            parser.error(f"argument {option}: placement none has no batch norm")
+    if values.placement == "none" and (values.fused or values.sync_bn):
+        option, purpose = ("--fused", "fuse") if values.fused else ("--sync-bn", "synchronise")
+        parser.error(f"argument {option}: placement none has no batch norm to {purpose}")
     return Options(
         settings=Settings(
             placement=values.placement,

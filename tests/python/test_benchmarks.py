@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,6 +292,14 @@ def test_a_whole_run(
     assert "measured with another isa" in capsys.readouterr().err
 
 
+def status_of(main: Callable[[list[str]], int], arguments: list[str]) -> object:
+    """The status that a program ends with, returned or raised."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -317,11 +326,7 @@ def test_what_cannot_be_done_is_said_before_measuring(
     Path("half/performance.md").write_text(page.BEGIN)
     Path("file").write_text("not JSON")
     monkeypatch.setattr(command, "measure", None)  # nothing comes as far as that
-    try:
-        status = command.main(arguments)
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
+    assert status_of(command.main, arguments) == 2
     assert "error: " in capsys.readouterr().err
     assert Path("file").read_text() == "not JSON"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarks import status_of
 
 import accuracy
 import accuracy_peers
@@ -81,11 +82,7 @@ def test_accuracy_refuses_before_it_measures(
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
     monkeypatch.setattr(accuracy, "cases", None)  # nothing comes as far as that
-    try:
-        status = accuracy.main(arguments)
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
+    assert status_of(accuracy.main, arguments) == 2
     assert words in capsys.readouterr().err
 
 
@@ -96,9 +93,7 @@ def test_distributed_refuses_before_it_measures(
     if page is not None:
         (tmp_path / "distributed.md").write_text(page)
     monkeypatch.setattr(distributed, "in_own_network", None)  # nothing comes as far as that
-    with pytest.raises(SystemExit) as ended:
-        distributed.main(["--docs", str(tmp_path)])
-    assert ended.value.code == 2
+    assert status_of(distributed.main, ["--docs", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize("own_network", [True, False])

@@ -302,10 +302,16 @@ class _Writer:
         self.closed = True
 
 
-def test_tensorboard_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in: Any = types.ModuleType("torch.utils.tensorboard")
-    stand_in.SummaryWriter = _Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's writer, where that need not be installed."""
+    module: Any = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = _Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_tensorboard_gets_everything() -> None:
     model = network()
     with Recorder(model, every=2, percentiles=(50,), units=(3,), gradients=True) as record:
         train(model, 3)
@@ -319,10 +325,8 @@ def test_tensorboard_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 2 * (4 + 2 + 3)
 
 
-def test_tensorboard_gets_no_histogram_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in: Any = types.ModuleType("torch.utils.tensorboard")
-    stand_in.SummaryWriter = _Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+@pytest.mark.usefixtures("stand_in")
+def test_tensorboard_gets_no_histogram_of_nan() -> None:
     model = nn.Identity()
     with Recorder(model, [""]) as record:
         model(torch.ones(3))

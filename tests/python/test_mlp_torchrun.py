@@ -162,7 +162,7 @@ def test_a_backend_that_torch_has_not(
         (
             {"WORLD_SIZE": "2"},
             ["--sync-bn", "--placement", "none"],
-            "--sync-bn: placement none has no batch norm",
+            "--sync-bn: placement none has no batch norm to synchronise",
         ),
     ],
 )

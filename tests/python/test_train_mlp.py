@@ -90,7 +90,7 @@ def test_data_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         ("--preprocess whiten", "--preprocess: invalid choice"),
         ("--validate some", "--validate: invalid choice"),
         ("--device cuda", "unrecognized arguments: --device cuda"),
-        ("--fused --placement none", "--fused: placement none has no batch norm"),
+        ("--fused --placement none", "--fused: placement none has no batch norm to fuse"),
     ],
 )
 def test_wrong_arguments(argv: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
