@@ -31,7 +31,7 @@ endforeach()
 foreach(target IN LISTS TORCH_BN_KERNEL_TARGETS ITEMS torch_bn_kernels)
   target_compile_options(${target} PRIVATE ${TORCH_BN_KERNEL_FLAGS} -Wall -Wextra -Werror=vla
     # The intrinsics of GCC 12 start from registers that they leave undefined on purpose.
-    -Wno-maybe-uninitialized)
+    -Wno-maybe-uninitialized -Wno-uninitialized)
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
 endforeach()

@@ -48,9 +48,9 @@ struct GradientTerm<Relu::after, Element> {
 
 // The coefficients of the forward for the channels of a tile, counted from its first one.
 struct TileCoefficients {
-  alignas(64) double wide[3][kTileChannels];
-  alignas(64) float narrow[3][kTileChannels];
-  std::uint8_t plain[kTileChannels];
+  alignas(64) double wide[3][kWideTile];
+  alignas(64) float narrow[3][kWideTile];
+  std::uint8_t plain[kWideTile];
 
   Coefficients view() { return {wide[0], wide[1], wide[2], narrow[0], narrow[1], narrow[2], plain}; }
 
@@ -98,7 +98,7 @@ template <typename Param, Relu kRelu>
 void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channels, double* total, double* dot) {
   Block<double> input;
   Block<double> grad;
-  TileSums sums = {};
+  TileSums sums(kTileChannels);
   alignas(64) double mean[kTileChannels] = {};
   for (i64 c = channels.begin; c < channels.end; ++c) mean[c - channels.begin] = args.mean[c];
   [[maybe_unused]] TileCoefficients coefficients;
@@ -140,7 +140,7 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
                       Range channels, double* total, double* dot) {
   const ArrayView views[] = {args.input, args.grad_output};
   const auto sum_rows_of = [&](Range some, const Coefficients& of) {
-    TileSums sums = {};
+    TileSums sums(some.size());
     if (all_plain(of.plain, {0, some.size()}))
       sums_by_rows<Element>(views, args.shape, rows, some, GradientTerm<Relu::after, Element>{of}, nullptr, sums);
     else
@@ -151,7 +151,14 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
   const Coefficients of = coefficients.view();
   if (!partition.along_lines) {
     coefficients.fill<Element, Param>(args, channels);
-    sum_rows_of(channels, of);
+    if (channels.size() <= kTileChannels || all_plain(of.plain, {0, channels.size()})) {
+      sum_rows_of(channels, of);
+      return;
+    }
+    for_each_block(channels, kTileChannels, [&](Range tile) {
+      coefficients.fill<Element, Param>(args, tile);
+      sum_rows_of(tile, of);
+    });
     return;
   }
   for (i64 c = channels.begin; c < channels.end; ++c) {
@@ -164,7 +171,13 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
   }
 }
 
-// Sums of one segment in at most kTileChannels channels, to its place in scratch.
+template <typename Element>
+i64 widest_tile(const BackwardArgs& args, const Partition& partition) {
+  const ArrayView views[] = {args.input, args.grad_output};
+  return widest_tile<Element>(views, 2, args.shape, partition);
+}
+
+// Sums of one segment in a tile of channels, to its place in scratch.
 template <typename Element, typename Param, Relu kRelu>
 void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 segment, Range channels) {
   const Range items = partition.segment(segment);
@@ -181,7 +194,7 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
     for (i64 c = channels.begin; c < channels.end; ++c)
       sums_by_lines<Element>(views, partition, items, c, GradientTerm<kRelu, Element>{}, {}, total[c], dot[c]);
   } else {
-    TileSums sums = {};
+    TileSums sums(channels.size());
     sums_by_rows<Element>(views, args.shape, rows, channels, GradientTerm<kRelu, Element>{}, nullptr, sums);
     store_sums(sums, channels, total, dot);
   }
@@ -387,7 +400,8 @@ void backward(const BackwardArgs& args) {
   const bool stream = streams_grad_input<Element>(args);
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
-    const Schedule schedule(shape, partition, kSize, /*operands=*/2, team.size());
+    const Schedule schedule(shape, partition, kSize, /*operands=*/2, widest_tile<Element>(args, partition),
+                            team.size());
     run_phases(
         team, schedule, partition, shape.c, units, has_sums,
         [&](i64 segment, Range tile) { gradient_sums<Element, Param, kRelu>(args, partition, segment, tile); },

@@ -4,7 +4,7 @@
 //   item     one row (n, l), or in the order along lines a piece of one line (n, :) of at most kPiece values.
 //   segment  consecutive items, summed one after the other; their number is bounded, so that scratch stays
 //            small and the longest chain of roundings grows far slower than the number of rows.
-//   tile     kTileChannels consecutive channels.
+//   tile     consecutive channels that are summed together; how many changes no bit.
 //
 // Segments are merged in a fixed binary tree.
 //
@@ -21,6 +21,7 @@ using i64 = std::int64_t;
 
 // Rows of a packed block: a tile of them stays in a core's own cache.
 constexpr i64 kBlockRows = 128;
+// Channels of a packed block, and of a tile whose sums are held in registers.
 constexpr i64 kTileChannels = 64;
 constexpr i64 kMaxSegments = 64;
 // A segment's partial sums cost some rows' work, and along lines more. Segments of rows are multiples of the

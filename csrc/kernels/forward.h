@@ -145,7 +145,8 @@ void forward(const ForwardArgs& args) {
   const i64 elements = partition.rows * shape.c;
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
-    const Schedule schedule(shape, partition, kSize, /*operands=*/1, team.size());
+    const Schedule schedule(shape, partition, kSize, /*operands=*/1,
+                            widest_tile<Element>(&args.input, 1, shape, partition), team.size());
     run_phases(
         team, schedule, partition, shape.c, units, args.training,
         [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, segment, tile); },

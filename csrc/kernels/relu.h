@@ -12,6 +12,14 @@ namespace {
 
 template <typename T>
 inline T rectified(T x) {
+  // One instruction in place of two, which takes its second operand where that is NaN or both are zeros.
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, VecF>) return static_cast<T>(_mm512_max_ps(_mm512_setzero_ps(), x));
+  if constexpr (std::is_same_v<T, HalfF>) return static_cast<T>(_mm256_max_ps(_mm256_setzero_ps(), x));
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<T, VecF>) return static_cast<T>(_mm256_max_ps(_mm256_setzero_ps(), x));
+  if constexpr (std::is_same_v<T, HalfF>) return static_cast<T>(_mm_max_ps(_mm_setzero_ps(), x));
+#endif
   return x < T{} ? T{} : x;
 }
 

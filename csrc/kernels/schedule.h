@@ -8,6 +8,10 @@ namespace {
 
 // What a block of channels may take of a core's own cache, for its input to be there still in a second sweep.
 constexpr i64 kOwnCache = i64{512} << 10;
+// The same of the last level, for two operands that exceed it: blocks that are too narrow otherwise. Smaller ones
+// stay there anyway, and with one operand the second sweep writes as much as a block would save.
+constexpr i64 kSharedCache = i64{4} << 20;
+constexpr i64 kBeyondShared = i64{32} << 20;
 // Narrower pieces of rows than this are not worth a trip to memory of their own.
 constexpr i64 kNarrowest = 256;
 // Shares and blocks of channels start at multiples of this many.
@@ -15,13 +19,24 @@ constexpr i64 kGrain = 16;
 // Lines that lie a multiple of this apart fall into few of a cache's sets, and drive each other out.
 constexpr i64 kAliasing = 4096;
 
+// Channels to sum at a time: at most `widest`, and so few that every thread gets tiles.
+inline i64 tile_for(const Partition& partition, i64 channels, i64 widest, int threads) {
+  i64 tile = widest;
+  while (threads > 1 && tile > kTileChannels && partition.segments * ceil_div(channels, tile) < 2 * threads)
+    tile /= 2;
+  return tile;
+}
+
 // Either every thread takes channels of its own, a block of them from the first sum to the last result, and
 // no thread waits for another; or the threads share the rows and meet between sweeps.
 struct Schedule {
   bool by_channels;
   i64 block;  // channels of a block
+  i64 tile;   // channels that are summed at a time
 
-  Schedule(const Shape& shape, const Partition& partition, i64 bytes_per_element, i64 operands, int threads) {
+  Schedule(const Shape& shape, const Partition& partition, i64 bytes_per_element, i64 operands, i64 widest_tile,
+           int threads)
+      : tile(tile_for(partition, shape.c, widest_tile, threads)) {
     const i64 bytes_per_channel = partition.rows * bytes_per_element * operands;
     const i64 fitting = kOwnCache / bytes_per_channel;
     const i64 own = round_up(ceil_div(shape.c, threads), kGrain);
@@ -33,8 +48,11 @@ struct Schedule {
       const bool aliases = shape.c * shape.l * bytes_per_element % kAliasing == 0;
       by_channels = (threads == 1 || shape.c >= 2 * kGrain * threads) && !(streams && (operands == 1 || aliases));
     } else {
+      const i64 narrowest = min_of(kNarrowest, shape.c);
       block = min_of(fitting / kGrain * kGrain, own);
-      const bool fits = block >= min_of(kNarrowest, shape.c);
+      if (block < narrowest && operands == 2 && bytes_per_channel * shape.c >= kBeyondShared)
+        block = min_of(kSharedCache / bytes_per_channel / kGrain * kGrain, own);
+      const bool fits = block >= narrowest;
       // In cache, threads share the rows: half of every row of a power of two would fill half of the cache's sets.
       by_channels = fits && (threads == 1 || streams);
     }
@@ -56,12 +74,12 @@ void for_each_block(Range channels, i64 width, Visit visit) {
 
 // Calls sum(segment, tile) for this thread's share of all segments and tiles.
 template <typename Sum>
-void share_segments(const Team& team, const Partition& partition, i64 channels, Sum sum) {
-  const i64 tiles = ceil_div(channels, kTileChannels);
+void share_segments(const Team& team, const Partition& partition, i64 channels, i64 tile, Sum sum) {
+  const i64 tiles = ceil_div(channels, tile);
   const Range tasks = team.share(partition.segments * tiles);
   for (i64 task = tasks.begin; task < tasks.end; ++task) {
-    const i64 c = task % tiles * kTileChannels;
-    sum(task / tiles, Range{c, min_of(c + kTileChannels, channels)});
+    const i64 c = task % tiles * tile;
+    sum(task / tiles, Range{c, min_of(c + tile, channels)});
   }
 }
 
@@ -74,14 +92,14 @@ void run_phases(const Team& team, const Schedule& schedule, const Partition& par
   if (schedule.by_channels && has_sums) {
     for_each_block(own, schedule.block, [&](Range block) {
       for (i64 s = 0; s < partition.segments; ++s)
-        for_each_block(block, kTileChannels, [&](Range tile) { sum(s, tile); });
+        for_each_block(block, schedule.tile, [&](Range tile) { sum(s, tile); });
       finish(block);
       write(Range{0, units}, block);
     });
     return;
   }
   if (has_sums) {
-    share_segments(team, partition, channels, sum);
+    share_segments(team, partition, channels, schedule.tile, sum);
     team.barrier();
   }
   finish(own);

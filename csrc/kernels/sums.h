@@ -16,15 +16,30 @@ namespace {
 
 constexpr int kLineLanes = 32;
 constexpr int kLineVectors = kLineLanes / kWidth;
-// Rows to fetch ahead: a tile's rows lie too far apart for the processor to foresee the next. An operand of fewer
-// bytes is in a cache as a rule, where fetching costs up to a fifth of the time; what narrower vectors take of a
-// row at a time is foreseen less well.
+// Channels whose sums, with what a term knows of them, stay in the first-level cache.
+constexpr i64 kWideTile = 1024;
+// More channels than the registers hold sums of are summed a few rows at a time, as many runs of memory as the
+// processor follows, with so many vectors of sums in registers meanwhile.
+constexpr i64 kRowsOfSums = 4;
+constexpr int kVectorsOfSums = 4;
+// Rows to fetch ahead where all sums are in registers; a few rows at a time fetch the next few.
 constexpr i64 kFetchAhead = 16;
-constexpr i64 kFetchFrom = i64{kWidth} << 20;
+// Bytes of an operand from which on rows are fetched ahead: they lie too far apart for the processor to foresee
+// the next. Smaller operands are in a cache as a rule, where fetching costs up to a tenth of the time, and of two
+// operands the rows drive each other out. What narrower vectors take of a row at a time is foreseen less well.
+template <int kOperands>
+constexpr i64 kFetchFrom = i64{kWidth} << (kOperands == 1 ? 18 : 20);
 
 struct alignas(64) TileSums {
-  double first[kTileChannels];
-  double second[kTileChannels];
+  double first[kWideTile];
+  double second[kWideTile];
+
+  explicit TileSums(i64 channels) {
+    for (i64 c = 0; c < channels; c += kWidth) {
+      store(first + c, Vec{});
+      store(second + c, Vec{});
+    }
+  }
 };
 
 template <typename Storage>
@@ -46,9 +61,10 @@ struct Padded {
   }
 };
 
-// Adds `rows` rows of kVectors vectors of channels, or of `some` channels fewer than a vector.
+// Adds `rows` rows of kVectors vectors of channels, or of `some` channels fewer than a vector. `ahead` is how many
+// rows to fetch ahead, or none; `last` whether the memory behind the last row may be anybody's.
 template <typename Element, typename Term, int kVectors, bool kSome, typename Operands>
-void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, bool far, const Term& term,
+void add_rows(const Operands& operands, i64 channel, i64 some, auto rows, i64 ahead, bool last, const Term& term,
               TileSums& sums) {
   decltype(term.at(0)) at[kVectors];
   Vec first[kVectors];
@@ -62,13 +78,13 @@ void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, bool fa
     const typename Element::Storage* from[Term::kOperands];
     for (int o = 0; o < Term::kOperands; ++o) {
       from[o] = operands[o].data + r * operands[o].stride + channel;
-      if (far) fetch(from[o] + kFetchAhead * operands[o].stride, kVectors * kWidth);
+      if (ahead > 0) fetch(from[o] + ahead * operands[o].stride, kVectors * kWidth);
     }
     for (int k = 0; k < kVectors; ++k) {
       HalfF value[Term::kOperands];
       for (int o = 0; o < Term::kOperands; ++o) {
         // Before the last row, what lies behind a row is memory of the next one.
-        if (kSome && (r + 1 == rows || operands[o].stride < kWidth))
+        if (kSome && ((last && r + 1 == rows) || operands[o].stride < kWidth))
           value[o] = Element::load_half(Padded<kWidth, typename Element::Storage>(from[o], some).values);
         else
           value[o] = Element::load_half(from[o] + k * kWidth);
@@ -82,29 +98,55 @@ void add_rows(const Operands& operands, i64 channel, i64 some, i64 rows, bool fa
   }
 }
 
-// Adds `rows` rows of `width` channels: as many vectors at a time as the registers hold, then half of them, ...
+// Adds `rows` rows of `width` channels: kVectors vectors at a time, then half of them, ...
 template <typename Element, typename Term, int kVectors, typename Operands>
-void add_tile(const Operands& operands, i64 c, i64 width, i64 rows, bool far, const Term& term, TileSums& sums) {
+void add_tile(const Operands& operands, i64 c, i64 width, auto rows, i64 ahead, bool last, const Term& term,
+              TileSums& sums) {
   constexpr i64 kChannels = kVectors * kWidth;
   for (; c + kChannels <= width; c += kChannels)
-    add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, far, term, sums);
+    add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, ahead, last, term, sums);
   if constexpr (kVectors > 1)
-    add_tile<Element, Term, kVectors / 2>(operands, c, width, rows, far, term, sums);
+    add_tile<Element, Term, kVectors / 2>(operands, c, width, rows, ahead, last, term, sums);
   else if (c < width)
-    add_rows<Element, Term, 1, true>(operands, c, width - c, rows, far, term, sums);
+    add_rows<Element, Term, 1, true>(operands, c, width - c, rows, ahead, last, term, sums);
 }
 
-// Rows that do not lie side by side are packed, and with `change` (not null) all of them are, to be changed by
-// change(packed, rows) before they are summed.
+// The same for more channels than the registers hold sums of.
+template <typename Element, typename Term, typename Operands>
+void add_wide_tile(Operands& operands, i64 width, i64 rows, bool far, const Term& term, TileSums& sums) {
+  const i64 ahead = far ? kRowsOfSums : 0;
+  i64 r = 0;
+  for (; r + kRowsOfSums <= rows; r += kRowsOfSums) {
+    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, std::integral_constant<i64, kRowsOfSums>{}, ahead,
+                                            r + kRowsOfSums == rows, term, sums);
+    for (auto& operand : operands) operand.data += kRowsOfSums * operand.stride;
+  }
+  if (r < rows) add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, rows - r, ahead, true, term, sums);
+}
+
+inline bool have_plain_rows(const ArrayView* views, int operands, const Shape& shape) {
+  bool plain = true;
+  for (int o = 0; o < operands; ++o) plain &= has_plain_rows(views[o], shape);
+  return plain;
+}
+
+// How many channels may be summed at a time.
+template <typename Element>
+i64 widest_tile(const ArrayView* views, int operands, const Shape& shape, const Partition& partition) {
+  const bool wide = !Element::kIsDouble && !partition.along_lines && have_plain_rows(views, operands, shape);
+  return wide ? kWideTile : kTileChannels;
+}
+
+// At most kTileChannels channels, or kWideTile where rows are plain. Rows that do not lie side by side are packed,
+// and with `change` (not null) all of them are, to be changed by change(packed, rows) before they are summed.
 template <typename Element, typename Term, typename Change>
 void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range channels, const Term& term,
                   const Change& change, TileSums& sums) {
   using Storage = typename Element::Storage;
   constexpr bool kChange = !std::is_same_v<Change, std::nullptr_t>;
   Block<Storage> packed[Term::kOperands];
-  const bool far = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(Storage)) >= kFetchFrom;
-  bool plain = !kChange;
-  for (int o = 0; o < Term::kOperands; ++o) plain &= has_plain_rows(views[o], shape);
+  const bool far = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(Storage)) >= kFetchFrom<Term::kOperands>;
+  const bool plain = !kChange && have_plain_rows(views, Term::kOperands, shape);
   const i64 step = plain ? rows.size() : kBlockRows;
   for (i64 begin = rows.begin; begin < rows.end; begin += step) {
     const Range block{begin, min_of(begin + step, rows.end)};
@@ -118,7 +160,11 @@ void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range 
       }
     }
     if constexpr (kChange) change(packed, block.size());
-    add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(), far, term, sums);
+    if (channels.size() > kTileChannels)
+      add_wide_tile<Element>(operands, channels.size(), block.size(), far, term, sums);
+    else
+      add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(),
+                                                    far ? kFetchAhead : 0, /*last=*/true, term, sums);
   }
 }
 

@@ -11,9 +11,9 @@ namespace {
 
 // Calls sum(segment, tile) for every segment and tile, then finish(channels), on a team.
 template <typename Sum, typename Finish>
-void sum_on_team(int threads, const Partition& partition, i64 channels, Sum sum, Finish finish) {
+void sum_on_team(int threads, const Partition& partition, i64 channels, i64 widest, Sum sum, Finish finish) {
   run_team(threads, partition.rows * channels, [&](const Team& team) {
-    share_segments(team, partition, channels, sum);
+    share_segments(team, partition, channels, tile_for(partition, channels, widest, team.size()), sum);
     team.barrier();
     finish(share_of_channels(team, channels));
   });
@@ -23,7 +23,7 @@ template <typename Element, Relu kRelu>
 void local_moments(const ForwardArgs& args, double* mean, double* m2) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
   sum_on_team(
-      args.threads, partition, args.shape.c,
+      args.threads, partition, args.shape.c, widest_tile<Element>(&args.input, 1, args.shape, partition),
       [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, segment, tile); },
       [&](Range channels) {
         merge_segments<Element>(args, partition, channels);
@@ -85,7 +85,7 @@ template <typename Element, typename Param, Relu kRelu>
 void local_gradient_sums(const BackwardArgs& args, double* total, double* dot) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
   sum_on_team(
-      args.threads, partition, args.shape.c,
+      args.threads, partition, args.shape.c, widest_tile<Element>(args, partition),
       [&](i64 segment, Range tile) { gradient_sums<Element, Param, kRelu>(args, partition, segment, tile); },
       [&](Range channels) {
         merge_gradient_sums(args, partition, channels);

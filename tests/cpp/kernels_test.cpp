@@ -170,6 +170,59 @@ TEST_P(Kernels, ABadChannelLeavesTheOthersAlone) {
     }
 }
 
+// What lies beside a channel decides how it is summed, not the bits of its sums: channels far from zero, constant
+// ones, and others whose shift only their first rows would ask for.
+TEST_P(Kernels, AChannelHasTheSameBitsAloneAndBesideOthers) {
+  const Shape shape{300, 150, 1};
+  Problem<float> problem(shape, 0, 1);
+  for (int64_t n = 0; n < shape.n; ++n)
+    for (int64_t c = 0; c < shape.c; ++c) {
+      float& x = problem.x[at(shape, n, c, 0)];
+      if (c % 11 == 3) x += 1e4F;
+      if (c % 11 == 5) x = 7.25F;
+      if (c % 11 == 7) x += n % 128 < 4 ? 100 : 0;
+      if (c % 11 == 9) x = n % 3 == 0 ? 0 : x;
+    }
+  const auto all = problem.run(table());
+  for (int64_t c = 0; c < shape.c; ++c) {
+    Problem<float> alone({shape.n, 1, 1}, 0, 1);
+    for (int64_t n = 0; n < shape.n; ++n) {
+      alone.x[static_cast<std::size_t>(n)] = problem.x[at(shape, n, c, 0)];
+      alone.g[static_cast<std::size_t>(n)] = problem.g[at(shape, n, c, 0)];
+    }
+    alone.weight[0] = problem.weight[c];
+    alone.bias[0] = problem.bias[c];
+    const auto one = alone.run(table());
+    EXPECT_EQ(one.mean[0], all.mean[c]) << c;
+    EXPECT_EQ(one.invstd[0], all.invstd[c]) << c;
+    EXPECT_EQ(one.grad_weight[0], all.grad_weight[c]) << c;
+    EXPECT_EQ(one.grad_bias[0], all.grad_bias[c]) << c;
+  }
+}
+
+// Data far from zero whose first rows just do not say so: every segment is summed without a shift, and loses most.
+TEST_P(Kernels, FirstRowsThatHideTheMeanCostFewDigits) {
+  const Shape shape{4096, 9, 1};
+  Problem<float> problem(shape, 1e4, 1);
+  for (int64_t n = 1; n < shape.n; n += 128)
+    for (int64_t c = 0; c < shape.c; ++c) problem.x[at(shape, n, c, 0)] += 630;
+  const auto got = problem.run(table());
+  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+  // Of 53 bits log2(1026 * 128) = 17 may cancel, and 128 roundings take six more: 2^-30 of the variance is left,
+  // half of that of invstd. Data whose first rows are alike would lose 27 bits by the cancelling alone.
+  EXPECT_LE(error(got.invstd, want.invstd), 4.7e-10);
+  EXPECT_LE(error(got.mean, want.mean), 1e-15);
+}
+
+TEST_P(Kernels, DataFarFromZeroKeepTheirDigits) {
+  const Shape shape{4096, 9, 1};
+  Problem<float> problem(shape, 1e6, 1);
+  const auto got = problem.run(table());
+  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+  // About one of the data seven of 53 bits may cancel in a segment of 128; a sum about zero would lose 40.
+  EXPECT_LE(error(got.invstd, want.invstd), 1e-14);
+}
+
 // The dimension that lies innermost decides the order of the sums of long lines, so that channels-last data of
 // those may differ in the last bits; in every other layout, and at every address, the bits are the same.
 TEST_P(Kernels, BitsDoNotDependOnThreadsStridesOrInstructionSet) {

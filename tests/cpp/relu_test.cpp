@@ -135,6 +135,7 @@ TEST_P(FusedRelu, HasTheMaskOfTheForwardBeyondTheRangeOfFloat32) {
       problem.relu = Relu::after;
       const auto fused = problem.run(table(), 3, Layout::contiguous, training);
       EXPECT_TRUE(same_bits(fused.output, relu_of(normalised)));
+      EXPECT_TRUE(fused.same(problem.run(table(), 1, Layout::contiguous, training)));  // in wider tiles
       Problem<float> plain = problem;
       plain.relu = Relu::none;
       plain.g = passed_by(normalised, problem.g);
