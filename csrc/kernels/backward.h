@@ -151,12 +151,10 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
   const Coefficients of = coefficients.view();
   if (!partition.along_lines) {
     coefficients.fill<Element, Param>(args, channels);
-    if (channels.size() <= kTileChannels || all_plain(of.plain, {0, channels.size()})) {
-      sum_rows_of(channels, of);
-      return;
-    }
-    for_each_block(channels, kTileChannels, [&](Range tile) {
-      coefficients.fill<Element, Param>(args, tile);
+    // Where the mask takes double, rows are packed, and of those no more fit.
+    const bool packs = !all_plain(of.plain, {0, channels.size()});
+    for_each_block(channels, packs ? kTileChannels : channels.size(), [&](Range tile) {
+      if (tile.size() < channels.size()) coefficients.fill<Element, Param>(args, tile);
       sum_rows_of(tile, of);
     });
     return;
