@@ -36,9 +36,10 @@ struct GradientTerm<Relu::after, Element> {
   static constexpr int kOperands = 2;
   static constexpr int kVectorsAtOnce = 8;  // what normalises is read from memory
   const Coefficients& of;
+  i64 line = 0;  // the channel of the lines
 
   auto at(i64 c) const { return pre_activation<Element, HalfF>(of, c); }
-  auto along() const { return pre_activation_along<Element, HalfF>(of, 0); }
+  auto along() const { return pre_activation_along<Element, HalfF>(of, line); }
   static void add(const PreActivation<Element, HalfF>& relu, const HalfF* x_and_g, Vec& total, Vec& dot) {
     const Vec g = widen(relu.passed(x_and_g[1], x_and_g[0]));
     total += g;
@@ -91,6 +92,11 @@ inline void store_sums(const TileSums& sums, Range channels, double* total, doub
     total[c] = sums.first[c - channels.begin];
     dot[c] = sums.second[c - channels.begin];
   }
+}
+
+inline void store_sums(const ChannelSums& sums, i64 c, double* total, double* dot) {
+  total[c] = sums.first;
+  dot[c] = sums.second;
 }
 
 // Sums of float64 data, each in kLanes parts: sums of doubles need more care in double.
@@ -149,8 +155,8 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
   };
   TileCoefficients coefficients;
   const Coefficients of = coefficients.view();
+  coefficients.fill<Element, Param>(args, channels);
   if (!partition.along_lines) {
-    coefficients.fill<Element, Param>(args, channels);
     // Where the mask takes double, rows are packed, and of those no more fit.
     const bool packs = !all_plain(of.plain, {0, channels.size()});
     for_each_block(channels, packs ? kTileChannels : channels.size(), [&](Range tile) {
@@ -160,12 +166,15 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
     return;
   }
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    coefficients.fill<Element, Param>(args, {c, c + 1});
-    if (of.plain[0])
-      sums_by_lines<Element>(views, partition, items, c, GradientTerm<Relu::after, Element>{of}, {}, total[c],
-                             dot[c]);
-    else
-      sum_rows_of({c, c + 1}, of);
+    const i64 own = c - channels.begin;
+    if (of.plain[own] != 0) {
+      const GradientTerm<Relu::after, Element> term{of, own};
+      store_sums(sums_by_lines<Element>(views, partition, items, c, term, {}), c, total, dot);
+    } else {
+      TileCoefficients alone;
+      alone.fill<Element, Param>(args, {c, c + 1});
+      sum_rows_of({c, c + 1}, alone.view());
+    }
   }
 }
 
@@ -190,7 +199,8 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
     sums_behind_relu<Element, Param>(args, partition, items, rows, channels, total, dot);
   } else if (partition.along_lines) {
     for (i64 c = channels.begin; c < channels.end; ++c)
-      sums_by_lines<Element>(views, partition, items, c, GradientTerm<kRelu, Element>{}, {}, total[c], dot[c]);
+      store_sums(sums_by_lines<Element>(views, partition, items, c, GradientTerm<kRelu, Element>{}, {}), c, total,
+                 dot);
   } else {
     TileSums sums(channels.size());
     sums_by_rows<Element>(views, args.shape, rows, channels, GradientTerm<kRelu, Element>{}, nullptr, sums);
@@ -212,7 +222,6 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 seg
 // ---------------------------------------------------------------------------------------------------------
 template <Relu kRelu, typename Element, typename Real>
 struct TrainingGradient {
-  static constexpr bool kMasks = kRelu == Relu::after;
   const Real* mean;
   const Real* slope;
   const Real* shift;
@@ -233,9 +242,9 @@ struct TrainingGradient {
   };
   template <typename T>
   auto at(i64 c) const {
-    const auto relu = pre_activation_of<kRelu, Element, T>(of, c);
-    return At<T, decltype(relu)>{load_as<T>(mean + c), load_as<T>(slope + c), load_as<T>(shift + c),
-                                 load_as<T>(scale + c), relu};
+    return At<T, decltype(pre_activation_of<kRelu, Element, T>(of, c))>{
+        load_as<T>(mean + c), load_as<T>(slope + c), load_as<T>(shift + c), load_as<T>(scale + c),
+        pre_activation_of<kRelu, Element, T>(of, c)};
   }
   template <typename V>
   auto along(i64 c) const {
@@ -247,7 +256,6 @@ struct TrainingGradient {
 
 template <Relu kRelu, typename Element, typename Real>
 struct EvaluationGradient {
-  static constexpr bool kMasks = kRelu == Relu::after;
   const Real* scale;
   Coefficients of;
 
@@ -263,8 +271,8 @@ struct EvaluationGradient {
   };
   template <typename T>
   auto at(i64 c) const {
-    const auto relu = pre_activation_of<kRelu, Element, T>(of, c);
-    return At<T, decltype(relu)>{load_as<T>(scale + c), relu};
+    return At<T, decltype(pre_activation_of<kRelu, Element, T>(of, c))>{
+        load_as<T>(scale + c), pre_activation_of<kRelu, Element, T>(of, c)};
   }
   template <typename V>
   auto along(i64 c) const {

@@ -14,8 +14,8 @@ namespace {
 
 // Rows that share one load of the coefficients.
 constexpr i64 kRowsAtOnce = 4;
-// In cache, rows of so many channels go one at a time unless a mask makes their coefficients many: several rows
-// that lie a multiple of 4 KiB apart would fill a set of the first-level cache.
+// In cache, rows of so many channels go one at a time: several rows that lie a multiple of 4 KiB apart would fill
+// a set of the first-level cache.
 constexpr i64 kWideRow = 768;
 // Channels whose coefficients stay in the first-level cache.
 constexpr i64 kPieceChannels = 1024;
@@ -34,7 +34,6 @@ inline i64 units_of(const Shape& shape) {
 
 template <typename RealOp, typename DoubleOp>
 struct Operation {
-  static constexpr bool kMasks = RealOp::kMasks;  // whether it computes what a ReLU behind lets through
   RealOp real;
   DoubleOp in_double;
   const std::uint8_t* plain;  // of each channel
@@ -113,7 +112,7 @@ void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range chan
   i64 n = rows.begin;
   // Past the caches, rows of one operand are written one after the other, and of two if the piece is narrow.
   const bool in_order = kStream ? channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels
-                                : !Op::kMasks && channels.size() >= kWideRow;
+                                : channels.size() >= kWideRow;
   for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
     apply_rows<Element, kRowsAtOnce, kStream>(op, channels, out + n * shape.c, shape.c,
                                               plain_rows<Element>(views, shape, n, 0)...);

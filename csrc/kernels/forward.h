@@ -46,7 +46,6 @@ void update_running(const ChannelView& running, double momentum, Range channels,
 // ---------------------------------------------------------------------------------------------------------
 template <Relu kRelu, typename Real>
 struct Normalise {
-  static constexpr bool kMasks = false;
   const Real* mean;
   const Real* scale;
   const Real* bias;

@@ -73,6 +73,7 @@ struct PlainMoments {
   static constexpr int kOperands = 1;
   static constexpr int kVectorsAtOnce = 8;
   static auto at(i64 /*channel*/) { return nullptr; }
+  static auto along() { return nullptr; }
   static void add(std::nullptr_t, const HalfF* x, Vec& s, Vec& q) {
     const Vec d = widen(before_norm<kRelu>(x[0]));
     s += d;
@@ -91,45 +92,52 @@ inline void set_moments(const Partial& partial, i64 c, double rows, double shift
   partial.m2[c] = m2 < 0.0 ? 0.0 : m2;
 }
 
+// The shift of one channel, or of each of a vector of them, by its first rows: row(r) is what is summed of them.
+template <typename Row>
+auto shift_by(i64 looked_at, const Row& row) {
+  using V = decltype(row(0));
+  const V x_0 = row(0);
+  V farthest = V{};
+  for (i64 r = 1; r < looked_at; ++r) {
+    const V distance = row(r) - x_0;
+    const V magnitude = distance < V{} ? -distance : distance;
+    farthest = magnitude > farthest ? magnitude : farthest;
+  }
+  const V magnitude = x_0 < V{} ? -x_0 : x_0;
+  return magnitude > farthest * kCloseness ? x_0 : V{};
+}
+
 template <typename Element, Relu kRelu>
 void moments_by_lines(const ArrayView& input, const Partition& partition, Range items, double count,
                       Range channels, const Partial& partial) {
+  const i64 n = items.begin / partition.pieces;
+  const i64 begin = items.begin % partition.pieces * kPiece;
+  const i64 looked_at = min_of(partition.l - begin, kRowsLookedAt);
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    const auto first_value =
-        *element_at<Element>(input, items.begin / partition.pieces, c, items.begin % partition.pieces * kPiece);
-    const double x_0 = before_norm<kRelu>(Element::load(first_value));
-    double s;
-    double q;
-    sums_by_lines<Element>(&input, partition, items, c, ShiftedMoments<kRelu>{&x_0}, first_value, s, q);
-    set_moments(partial, c, count, x_0, s, q);
+    const double shift = shift_by(looked_at, [&](i64 l) {
+      return before_norm<kRelu>(Element::load(*element_at<Element>(input, n, c, begin + l)));
+    });
+    const auto sums = shift == 0.0
+                          ? sums_by_lines<Element>(&input, partition, items, c, PlainMoments<kRelu>{}, {})
+                          : sums_by_lines<Element>(&input, partition, items, c, ShiftedMoments<kRelu>{&shift},
+                                                   *element_at<Element>(input, n, c, begin));
+    set_moments(partial, c, count, shift, sums.first, sums.second);
   }
 }
 
-// The shifts of some channels, by their first rows, and zeros to the end of the last vector; returns whether any
-// differs from zero.
+// The shifts of some channels, and zeros to the end of the last vector; returns whether any differs from zero.
 template <typename Element, Relu kRelu>
 bool choose_shifts(const ArrayView& input, const Shape& shape, Range rows, Range channels, double* shift) {
   const i64 looked_at = min_of(rows.size(), kRowsLookedAt);
-  const auto shift_of = [&](auto row) {  // row(r): what is summed, of one channel or of a vector of them
-    using V = decltype(row(0));
-    const V x_0 = row(0);
-    V farthest = V{};
-    for (i64 r = 1; r < looked_at; ++r) {
-      const V distance = row(r) - x_0;
-      const V magnitude = distance < V{} ? -distance : distance;
-      farthest = magnitude > farthest ? magnitude : farthest;
-    }
-    const V magnitude = x_0 < V{} ? -x_0 : x_0;
-    return magnitude > farthest * kCloseness ? x_0 : V{};
-  };
   const i64 width = channels.size();
   Vec all = Vec{};
   i64 c = 0;
   if (has_plain_rows(input, shape)) {
     const auto from = plain_rows<Element>(input, shape, rows.begin, channels.begin);
     for (; c + kWidth <= width; c += kWidth) {
-      const Vec chosen = widen(shift_of(
-          [&](i64 r) { return before_norm<kRelu>(Element::load_half(from.data + r * from.stride + c)); }));
+      const Vec chosen = widen(shift_by(looked_at, [&](i64 r) {
+        return before_norm<kRelu>(Element::load_half(from.data + r * from.stride + c));
+      }));
       store(shift + c, chosen);
       all = chosen != Vec{} ? chosen : all;
     }
@@ -137,7 +145,7 @@ bool choose_shifts(const ArrayView& input, const Shape& shape, Range rows, Range
   bool any = false;
   for (int i = 0; i < kWidth; ++i) any |= all[i] != 0.0;
   for (; c < round_up(width, kWidth); ++c) {
-    shift[c] = c >= width ? 0.0 : shift_of([&](i64 r) {
+    shift[c] = c >= width ? 0.0 : shift_by(looked_at, [&](i64 r) {
       const i64 at = rows.begin + r;
       return before_norm<kRelu>(
           Element::load(*element_at<Element>(input, at / shape.l, channels.begin + c, at % shape.l)));

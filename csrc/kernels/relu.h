@@ -35,10 +35,20 @@ inline T before_norm(T x) {
   return x;
 }
 
+// Keeps a vector's load apart from what a comparison selects of it. A masked load waits for the comparison, and
+// then many of them wait for memory one after the other.
+template <typename T>
+inline T apart(T x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, VecF>) asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // The gradient that comes through a ReLU which was given x, as stored.
 template <typename T>
 inline T passed(T g, T x) {
-  return x <= T{} ? T{} : g;
+  return x <= T{} ? T{} : apart(g);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ struct PreActivation {
   // The same with x - mean and the scale at hand, so that neither takes registers twice.
   T passed(T g, T /*x*/, T centred, T own_scale) const {
     const T y = centred * own_scale + bias;
-    return y <= broadcast<T>(Element::kVanishes) ? T{} : g;
+    return y <= broadcast<T>(Element::kVanishes) ? T{} : apart(g);
   }
 };
 

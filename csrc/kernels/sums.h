@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 
 #include "tile.h"
 
@@ -62,10 +63,11 @@ struct Padded {
 };
 
 // Adds `rows` rows of kVectors vectors of channels, or of `some` channels fewer than a vector. `ahead` is how many
-// rows to fetch ahead, or none; `last` whether the memory behind the last row may be anybody's.
+// rows to fetch ahead, or none; `last` whether the memory behind the last row may be anybody's. Inlined because a
+// call takes as long as a dozen vectors.
 template <typename Element, typename Term, int kVectors, bool kSome, typename Operands>
-void add_rows(const Operands& operands, i64 channel, i64 some, auto rows, i64 ahead, bool last, const Term& term,
-              TileSums& sums) {
+[[gnu::always_inline]] inline void add_rows(const Operands& operands, i64 channel, i64 some, auto rows, auto ahead,
+                                            bool last, const Term& term, TileSums& sums) {
   decltype(term.at(0)) at[kVectors];
   Vec first[kVectors];
   Vec second[kVectors];
@@ -74,6 +76,7 @@ void add_rows(const Operands& operands, i64 channel, i64 some, auto rows, i64 ah
     first[k] = load(sums.first + channel + k * kWidth);
     second[k] = load(sums.second + channel + k * kWidth);
   }
+#pragma GCC unroll 4
   for (i64 r = 0; r < rows; ++r) {
     const typename Element::Storage* from[Term::kOperands];
     for (int o = 0; o < Term::kOperands; ++o) {
@@ -100,8 +103,8 @@ void add_rows(const Operands& operands, i64 channel, i64 some, auto rows, i64 ah
 
 // Adds `rows` rows of `width` channels: kVectors vectors at a time, then half of them, ...
 template <typename Element, typename Term, int kVectors, typename Operands>
-void add_tile(const Operands& operands, i64 c, i64 width, auto rows, i64 ahead, bool last, const Term& term,
-              TileSums& sums) {
+[[gnu::always_inline]] inline void add_tile(const Operands& operands, i64 c, i64 width, auto rows, auto ahead,
+                                            bool last, const Term& term, TileSums& sums) {
   constexpr i64 kChannels = kVectors * kWidth;
   for (; c + kChannels <= width; c += kChannels)
     add_rows<Element, Term, kVectors, false>(operands, c, 0, rows, ahead, last, term, sums);
@@ -111,13 +114,17 @@ void add_tile(const Operands& operands, i64 c, i64 width, auto rows, i64 ahead, 
     add_rows<Element, Term, 1, true>(operands, c, width - c, rows, ahead, last, term, sums);
 }
 
+template <i64 kValue>
+using Constant = std::integral_constant<i64, kValue>;
+
 // The same for more channels than the registers hold sums of.
 template <typename Element, typename Term, typename Operands>
-void add_wide_tile(Operands& operands, i64 width, i64 rows, bool far, const Term& term, TileSums& sums) {
-  const i64 ahead = far ? kRowsOfSums : 0;
+void add_wide_tile(const Operands& all, i64 width, i64 rows, auto ahead, const Term& term, TileSums& sums) {
+  Rows<typename Element::Storage> operands[Term::kOperands];
+  for (int o = 0; o < Term::kOperands; ++o) operands[o] = all[o];
   i64 r = 0;
   for (; r + kRowsOfSums <= rows; r += kRowsOfSums) {
-    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, std::integral_constant<i64, kRowsOfSums>{}, ahead,
+    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, Constant<kRowsOfSums>{}, ahead,
                                             r + kRowsOfSums == rows, term, sums);
     for (auto& operand : operands) operand.data += kRowsOfSums * operand.stride;
   }
@@ -160,59 +167,91 @@ void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range 
       }
     }
     if constexpr (kChange) change(packed, block.size());
-    if (channels.size() > kTileChannels)
-      add_wide_tile<Element>(operands, channels.size(), block.size(), far, term, sums);
+    if (channels.size() > kTileChannels && far)
+      add_wide_tile<Element>(operands, channels.size(), block.size(), Constant<kRowsOfSums>{}, term, sums);
+    else if (channels.size() > kTileChannels)
+      add_wide_tile<Element>(operands, channels.size(), block.size(), Constant<0>{}, term, sums);
     else
       add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(),
                                                     far ? kFetchAhead : 0, /*last=*/true, term, sums);
   }
 }
 
-// Adds a piece of a line. Lanes beyond its end get what leaves both sums as they are.
+// Adds the halves of the lanes, of their sums, ... Vectors first: of an array the compiler makes a loop.
+inline double sum_of_lanes(const Vec* lanes) {
+  using Four = double __attribute__((vector_size(4 * sizeof(double))));
+  using Two = double __attribute__((vector_size(2 * sizeof(double))));
+  Vec sum[kLineVectors];
+  for (int k = 0; k < kLineVectors; ++k) sum[k] = lanes[k];
+  for (int count = kLineVectors / 2; count > 0; count /= 2)
+    for (int k = 0; k < count; ++k) sum[k] += sum[k + count];
+  double last[8];
+  store(last, sum[0]);
+  if constexpr (kWidth == 8) store(last, load_as<Four>(last) + load_as<Four>(last + 4));
+  if constexpr (kWidth >= 4) store(last, load_as<Two>(last) + load_as<Two>(last + 2));
+  return last[0] + last[1];
+}
+
+// Both sums of a channel along lines, lane by lane. The members are inlined for the lanes to stay in registers.
 template <typename Element, typename Term>
-void add_line(const typename Element::Storage* const* from, i64 length, const auto& along,
-              typename Element::Storage neutral, Vec* first, Vec* second) {
+class LineSums {
   using Storage = typename Element::Storage;
-  const auto add = [&](const Storage* const* at, i64 i) {
+
+ public:
+  // `neutral` is a value of the first operand whose term, with zero in the other operands, is zero.
+  LineSums(const Term& term, Storage neutral) : along_(term.along()), neutral_(neutral) {
+    for (int k = 0; k < kLineVectors; ++k) first_[k] = second_[k] = Vec{};
+  }
+
+  // Adds a piece of a line.
+  [[gnu::always_inline]] void add(const Storage* const* from, i64 length) {
+    i64 i = 0;
+    for (; i + kLineLanes <= length; i += kLineLanes) add_lanes(from, i);
+    if (i == length) return;
+    Storage rest[Term::kOperands][kLineLanes];
+    const Storage* at[Term::kOperands];
+    for (int o = 0; o < Term::kOperands; ++o) {
+      for (i64 j = 0; j < kLineLanes; ++j)
+        rest[o][j] = i + j < length ? from[o][i + j] : o == 0 ? neutral_ : Storage{};
+      at[o] = rest[o];
+    }
+    add_lanes(at, 0);
+  }
+
+  double first() const { return sum_of_lanes(first_); }
+  double second() const { return sum_of_lanes(second_); }
+
+ private:
+  [[gnu::always_inline]] void add_lanes(const Storage* const* from, i64 i) {
+#pragma GCC unroll 16
     for (int k = 0; k < kLineVectors; ++k) {
       HalfF value[Term::kOperands];
-      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_half(at[o] + i + k * kWidth);
-      Term::add(along, value, first[k], second[k]);
+      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_half(from[o] + i + k * kWidth);
+      Term::add(along_, value, first_[k], second_[k]);
     }
-  };
-  i64 i = 0;
-  for (; i + kLineLanes <= length; i += kLineLanes) add(from, i);
-  if (i == length) return;
-  Storage rest[Term::kOperands][kLineLanes];
-  const Storage* at[Term::kOperands];
-  for (int o = 0; o < Term::kOperands; ++o) {
-    for (i64 j = 0; j < kLineLanes; ++j)
-      rest[o][j] = i + j < length ? from[o][i + j] : o == 0 ? neutral : Storage{};
-    at[o] = rest[o];
   }
-  add(at, 0);
-}
 
-inline double sum_of_lanes(const Vec* lanes) {
-  double value[kLineLanes];
-  __builtin_memcpy(value, lanes, sizeof(value));
-  for (int count = kLineLanes / 2; count > 0; count /= 2)
-    for (int i = 0; i < count; ++i) value[i] += value[i + count];
-  return value[0];
-}
+  decltype(std::declval<const Term&>().along()) along_;
+  Storage neutral_;
+  Vec first_[kLineVectors];
+  Vec second_[kLineVectors];
+};
 
-// `neutral` is a value of the first operand whose term, with zero in the other operands, is zero.
+struct ChannelSums {
+  double first;
+  double second;
+};
+
 template <typename Element, typename Term>
-void sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel, const Term& term,
-                   typename Element::Storage neutral, double& first_sum, double& second_sum) {
+ChannelSums sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel,
+                          const Term& term, typename Element::Storage neutral) {
   using Storage = typename Element::Storage;
   alignas(64) Storage packed[Term::kOperands][kPiece];
-  Vec first[kLineVectors] = {};
-  Vec second[kLineVectors] = {};
-  const auto along = term.along();
+  LineSums<Element, Term> sums(term, neutral);
+  i64 n = items.begin / partition.pieces;
+  i64 piece = items.begin % partition.pieces;
   for (i64 item = items.begin; item < items.end; ++item) {
-    const i64 n = item / partition.pieces;
-    const i64 begin = item % partition.pieces * kPiece;
+    const i64 begin = piece * kPiece;
     const i64 length = min_of(partition.l - begin, kPiece);
     const Storage* from[Term::kOperands];
     for (int o = 0; o < Term::kOperands; ++o) {
@@ -225,10 +264,13 @@ void sums_by_lines(const ArrayView* views, const Partition& partition, Range ite
         from[o] = packed[o];
       }
     }
-    add_line<Element, Term>(from, length, along, neutral, first, second);
+    sums.add(from, length);
+    if (++piece == partition.pieces) {
+      piece = 0;
+      ++n;
+    }
   }
-  first_sum = sum_of_lanes(first);
-  second_sum = sum_of_lanes(second);
+  return {sums.first(), sums.second()};
 }
 
 }  // namespace

@@ -200,27 +200,38 @@ TEST_P(Kernels, AChannelHasTheSameBitsAloneAndBesideOthers) {
   }
 }
 
-// Data far from zero whose first rows just do not say so: every segment is summed without a shift, and loses most.
+// Data far from zero whose first rows, or first values of a line, just do not say so: every segment is summed
+// without a shift, and loses most.
 TEST_P(Kernels, FirstRowsThatHideTheMeanCostFewDigits) {
-  const Shape shape{4096, 9, 1};
-  Problem<float> problem(shape, 1e4, 1);
-  for (int64_t n = 1; n < shape.n; n += 128)
-    for (int64_t c = 0; c < shape.c; ++c) problem.x[at(shape, n, c, 0)] += 630;
-  const auto got = problem.run(table());
-  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
   // Of 53 bits log2(1026 * 128) = 17 may cancel, and 128 roundings take six more: 2^-30 of the variance is left,
-  // half of that of invstd. Data whose first rows are alike would lose 27 bits by the cancelling alone.
-  EXPECT_LE(error(got.invstd, want.invstd), 4.7e-10);
-  EXPECT_LE(error(got.mean, want.mean), 1e-15);
+  // half of that of invstd. Along lines, in segments of 1024 and lanes of 32, it is 20 and five more. Data whose
+  // first rows are alike would lose 27 bits by the cancelling alone.
+  struct Case {
+    Shape shape;
+    int64_t lines_of_a_segment;
+    double bound;
+  };
+  for (const auto& [shape, step, bound] : {Case{{4096, 9, 1}, 128, 4.7e-10}, Case{{64, 9, 64}, 16, 1.9e-9}}) {
+    Problem<float> problem(shape, 1e4, 1);
+    for (int64_t n = 0; n < shape.n; n += step)
+      for (int64_t c = 0; c < shape.c; ++c)
+        problem.x[shape.l == 1 ? at(shape, n + 1, c, 0) : at(shape, n, c, 1)] += 630;
+    const auto got = problem.run(table());
+    const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+    EXPECT_LE(error(got.invstd, want.invstd), bound) << shape.l;
+    EXPECT_LE(error(got.mean, want.mean), 1e-15) << shape.l;
+  }
 }
 
 TEST_P(Kernels, DataFarFromZeroKeepTheirDigits) {
-  const Shape shape{4096, 9, 1};
-  Problem<float> problem(shape, 1e6, 1);
-  const auto got = problem.run(table());
-  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
-  // About one of the data seven of 53 bits may cancel in a segment of 128; a sum about zero would lose 40.
-  EXPECT_LE(error(got.invstd, want.invstd), 1e-14);
+  for (const Shape& shape : {Shape{4096, 9, 1}, Shape{64, 9, 64}}) {
+    Problem<float> problem(shape, 1e6, 1);
+    const auto got = problem.run(table());
+    const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+    // About one of the data seven of 53 bits may cancel in a segment of 128, ten in one of 1024 along lines, where
+    // lanes of 32 round less often; a sum about zero would lose 40.
+    EXPECT_LE(error(got.invstd, want.invstd), 1e-14) << shape.l;
+  }
 }
 
 // The dimension that lies innermost decides the order of the sums of long lines, so that channels-last data of
