@@ -14,6 +14,8 @@ Call = Callable[[], object]
 
 # A sample shorter than this would measure the clock's own cost and the timer's ticks.
 SAMPLE_SECONDS = 0.4e-3
+# The arrays of calls longer than this are beyond any cache, whoever called before.
+CACHED_SECONDS = 5e-3
 # Threads that wait for the next parallel region spin, and disturb whoever brings his own threads.
 SPIN_SECONDS = 3e-3
 
@@ -37,15 +39,17 @@ def interleave(
     """Seconds a call of each, repetition by repetition; every repetition calls all in turn.
 
     The order is drawn anew each time, from a fixed seed, so that nobody always follows the same
-    other. A short call is repeated inside
-    its sample, after one call that isn't timed and brings its code and data back into the cache;
-    a long one moves more memory than the caches hold, and is called once. Those named in
-    `own_threads` bring a thread pool of their own and start after the others' threads have gone
-    to sleep.
+    other. A sample follows a call of the same peer that isn't timed: it brings code and data back
+    into the caches, where the other peers' arrays are by then. Only where nobody's call is
+    shorter than `CACHED_SECONDS` it would change nothing, and is left out. A call much shorter
+    than `SAMPLE_SECONDS` is repeated inside its sample. Those named in `own_threads` bring a
+    thread pool of their own and start after the others' threads have gone to sleep.
     """
     names = list(calls)
     with torch.set_grad_enabled(grad):
-        inner = {name: _calls_in_a_sample(calls[name]) for name in names}
+        once = {name: _seconds_of(calls[name]) for name in names}
+        inner = {name: max(1, round(SAMPLE_SECONDS / once[name])) for name in names}
+        from_caches = min(once.values()) < CACHED_SECONDS
         samples: dict[str, list[float]] = {name: [] for name in names}
         gc.collect(
             1
@@ -61,6 +65,8 @@ def interleave(
                 for name in order.sample(names, len(names)):
                     if name in own_threads:
                         time.sleep(SPIN_SECONDS)
+                    if from_caches:
+                        calls[name]()
                     samples[name].append(_sample(calls[name], inner[name]))
         finally:
             if was_enabled:
@@ -69,21 +75,15 @@ def interleave(
 
 
 def _sample(call: Call, inner: int) -> float:
-    if inner > 1:
-        call()
     start = time.perf_counter()
     for _ in range(inner):
         call()
     return (time.perf_counter() - start) / inner
 
 
-def _calls_in_a_sample(call: Call) -> int:
-    """After warming up: what is built at the first call is not what is measured."""
+def _seconds_of(call: Call) -> float:
+    """About, after warming up: what is built at the first call is not what is measured."""
     call()
     call()
-    start = time.perf_counter()
-    call()
-    once = time.perf_counter() - start
-    if once < SAMPLE_SECONDS:
-        once = min(once, _sample(call, 20))
-    return max(1, round(SAMPLE_SECONDS / once))
+    once = _sample(call, 1)
+    return min(once, _sample(call, 20)) if once < SAMPLE_SECONDS else once

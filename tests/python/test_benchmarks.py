@@ -14,11 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import fused, guard, layers, models, native, page, peers, tables
+from benchmarks import fused, guard, layers, models, native, page, peers, tables, timing
 from benchmarks.figures import draw
 from benchmarks.memory import allocated_peak, resident_peak
 from benchmarks.result import Ratio, Record, Result, Sample, geometric_mean
-from benchmarks.timing import Budget, interleave
+from benchmarks.timing import CACHED_SECONDS, Budget, interleave
 
 
 def test_sample_has_median_and_quartiles() -> None:
@@ -65,6 +65,34 @@ def test_every_repetition_calls_all_in_varying_order() -> None:
     rounds = [tuple(called[i : i + 3]) for i in range(9, 45, 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls_a_sample"),
+    [
+        ({"a": 1e-3}, 2),  # the first one is not timed
+        ({"a": 1.2 * CACHED_SECONDS}, 1),
+        ({"a": 1e-3, "b": 1.2 * CACHED_SECONDS}, 2),  # of both, or the caches would favour one
+    ],
+)
+def test_a_sample_follows_a_call_of_the_same_peer(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], calls_a_sample: int
+) -> None:
+    called: list[str] = []
+    now = 0.0
+
+    def call(name: str) -> None:
+        nonlocal now
+        called.append(name)
+        now += seconds[name]
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    calls = {name: lambda name=name: call(name) for name in seconds}
+    samples = interleave(calls, Budget(0.0, repetitions=4))
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(seconds, 4)
+    assert len(called) == len(seconds) * (3 + 4 * calls_a_sample)
+    in_turn = called[3 * len(seconds) :: calls_a_sample]
+    assert called[3 * len(seconds) :] == [name for name in in_turn for _ in range(calls_a_sample)]
 
 
 def test_grad_mode_of_the_calls() -> None:
