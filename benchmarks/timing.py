@@ -12,10 +12,10 @@ import torch
 
 Call = Callable[[], object]
 
-# A sample shorter than this would measure the clock's own cost and the timer's ticks.
-SAMPLE_SECONDS = 0.4e-3
-# The arrays of calls longer than this are beyond any cache, whoever called before.
-CACHED_SECONDS = 5e-3
+# A sample is a loop of so long. A single call would measure the clock's own cost, and which of the
+# memory that the other peers have just given back the allocator hands out; the arrays of longer
+# calls are beyond any cache.
+SAMPLE_SECONDS = 5e-3
 # Threads that wait for the next parallel region spin, and disturb whoever brings his own threads.
 SPIN_SECONDS = 3e-3
 
@@ -39,17 +39,16 @@ def interleave(
     """Seconds a call of each, repetition by repetition; every repetition calls all in turn.
 
     The order is drawn anew each time, from a fixed seed, so that nobody always follows the same
-    other. A sample follows a call of the same peer that isn't timed: it brings code and data back
-    into the caches, where the other peers' arrays are by then. Only where nobody's call is
-    shorter than `CACHED_SECONDS` it would change nothing, and is left out. A call much shorter
-    than `SAMPLE_SECONDS` is repeated inside its sample. Those named in `own_threads` bring a
-    thread pool of their own and start after the others' threads have gone to sleep.
+    other. A sample is a loop of `SAMPLE_SECONDS`, after a call of the same peer that isn't timed
+    and brings its code and data back into the caches; where nobody's call is shorter, it is one
+    call. Those named in `own_threads` bring a thread pool of their own and start after the
+    others' threads have gone to sleep.
     """
     names = list(calls)
     with torch.set_grad_enabled(grad):
         once = {name: _seconds_of(calls[name]) for name in names}
         inner = {name: max(1, round(SAMPLE_SECONDS / once[name])) for name in names}
-        from_caches = min(once.values()) < CACHED_SECONDS
+        in_loops = min(once.values()) < SAMPLE_SECONDS
         samples: dict[str, list[float]] = {name: [] for name in names}
         gc.collect(
             1
@@ -65,7 +64,7 @@ def interleave(
                 for name in order.sample(names, len(names)):
                     if name in own_threads:
                         time.sleep(SPIN_SECONDS)
-                    if from_caches:
+                    if in_loops:
                         calls[name]()
                     samples[name].append(_sample(calls[name], inner[name]))
         finally:
@@ -86,4 +85,4 @@ def _seconds_of(call: Call) -> float:
     call()
     call()
     once = _sample(call, 1)
-    return min(once, _sample(call, 20)) if once < SAMPLE_SECONDS else once
+    return min(once, _sample(call, 20)) if once < SAMPLE_SECONDS / 20 else once

@@ -18,7 +18,7 @@ from benchmarks import fused, guard, layers, models, native, page, peers, tables
 from benchmarks.figures import draw
 from benchmarks.memory import allocated_peak, resident_peak
 from benchmarks.result import Ratio, Record, Result, Sample, geometric_mean
-from benchmarks.timing import CACHED_SECONDS, Budget, interleave
+from benchmarks.timing import SAMPLE_SECONDS, Budget, interleave
 
 
 def test_sample_has_median_and_quartiles() -> None:
@@ -51,48 +51,50 @@ def test_share_of_a_step() -> None:
     assert models.share_of({**times, "builtin": [2.0, 2.0, 2.0]}) is None
 
 
-def test_every_repetition_calls_all_in_varying_order() -> None:
-    called = []
+class Turns:
+    """Calls by a clock of their own, twice as long right after a call of another."""
 
-    def call(name: str) -> None:
-        called.append(name)
-        # Longer than a sample, so that each is called once per repetition.
-        torch.randn(300_000).sort()
+    def __init__(self, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = seconds
+        self.called: list[str] = []
+        self.now = 0.0
+        self.calls = {name: lambda name=name: self._call(name) for name in seconds}
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(timing, "time", clock)
 
-    calls = {name: lambda name=name: call(name) for name in "abc"}
-    samples = interleave(calls, Budget(0.0, repetitions=12))
+    def _call(self, name: str) -> None:
+        cold = bool(self.called) and self.called[-1] != name
+        self.called.append(name)
+        self.now += self.seconds[name] * (1 + cold)
+
+
+def test_every_repetition_calls_all_in_varying_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(dict.fromkeys("abc", 2 * SAMPLE_SECONDS), monkeypatch)
+    samples = interleave(turns.calls, Budget(0.0, repetitions=12))
     assert {name: len(times) for name, times in samples.items()} == {"a": 12, "b": 12, "c": 12}
-    rounds = [tuple(called[i : i + 3]) for i in range(9, 45, 3)]
+    rounds = [tuple(turns.called[i : i + 3]) for i in range(9, 45, 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 2
 
 
 @pytest.mark.parametrize(
-    ("seconds", "calls_a_sample"),
+    ("seconds", "calls_of_a_sample"),
     [
-        ({"a": 1e-3}, 2),  # the first one is not timed
-        ({"a": 1.2 * CACHED_SECONDS}, 1),
-        ({"a": 1e-3, "b": 1.2 * CACHED_SECONDS}, 2),  # of both, or the caches would favour one
+        ({"a": SAMPLE_SECONDS / 4, "b": SAMPLE_SECONDS / 2}, 5 + 3),
+        ({"a": SAMPLE_SECONDS / 4, "b": 2 * SAMPLE_SECONDS}, 5 + 2),  # both, or one is favoured
     ],
 )
-def test_a_sample_follows_a_call_of_the_same_peer(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], calls_a_sample: int
+def test_a_sample_follows_a_call_that_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], calls_of_a_sample: int
 ) -> None:
-    called: list[str] = []
-    now = 0.0
-
-    def call(name: str) -> None:
-        nonlocal now
-        called.append(name)
-        now += seconds[name]
-
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
-    calls = {name: lambda name=name: call(name) for name in seconds}
-    samples = interleave(calls, Budget(0.0, repetitions=4))
-    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(seconds, 4)
-    assert len(called) == len(seconds) * (3 + 4 * calls_a_sample)
-    in_turn = called[3 * len(seconds) :: calls_a_sample]
-    assert called[3 * len(seconds) :] == [name for name in in_turn for _ in range(calls_a_sample)]
+    turns = Turns(seconds, monkeypatch)
+    samples = interleave(turns.calls, Budget(0.0, repetitions=4))
+    for name, times in samples.items():
+        # The clock goes to 0.2 s in 50 roundings of 2^-54 of that, 1e-12 of the shortest call.
+        assert times == pytest.approx([seconds[name]] * 4, rel=1e-12)
+    warming_up = turns.called[: -4 * calls_of_a_sample]
+    assert sorted(set(warming_up)) == ["a", "b"]
+    assert len(warming_up) == 2 * 3
 
 
 def test_grad_mode_of_the_calls() -> None:
