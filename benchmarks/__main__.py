@@ -43,7 +43,7 @@ PARTS: dict[str, Part] = {
 }
 # Where it isn't the usual: a difference of two long times needs more repetitions than a time, and
 # the cases of the fused layers are many.
-BUDGETS = {"fused": Budget(0.4, 5), "mlp": Budget(4.0), "fused-mlp": Budget(3.0)}
+BUDGETS = {"fused": Budget(0.4, 5), "mlp": Budget(3.0), "fused-mlp": Budget(2.0)}
 OTHERS = tuple(name for name in PEERS if name not in ("ours", "builtin"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -103,7 +103,7 @@ def plan_of(chosen: argparse.Namespace, say: Callable[[str], None]) -> layers.Pl
     quick = chosen.quick
     without = quick and "peers" not in (chosen.only or ())
     peers = chosen.peers if chosen.peers is not None else () if without else OTHERS
-    budget = Budget(chosen.seconds or (0.15 if quick else 1.5), 5 if quick else 7)
+    budget = Budget(chosen.seconds or (0.15 if quick else 1.0), 5 if quick else 7)
     return layers.Plan(
         shapes=tuple(chosen.shape or (layers.QUICK if quick else layers.GRID)),
         dtype=DTYPES[chosen.dtype],

@@ -13,7 +13,7 @@ import torch_bn
 
 from .layers import Plan, dtype_name, named, record, threads_set
 from .memory import allocated_after, allocated_peak
-from .models import Between, networks, shares
+from .models import Between, networks, passing_layers, shares
 from .peers import AbsentError, Problem, Work, compiled_work, layer_work
 from .result import Ratio, Record, Result, Sample
 from .timing import interleave
@@ -123,7 +123,8 @@ def mlp(plan: Plan, result: Result) -> None:
     """What batch norm and ReLU add to the step of a network: fused over the builtin pair."""
     for order in ORDERS:
         kinds = {name: make for name, make in between(order).items() if name != "unfused"}
-        shares(plan, result, "fused-mlp", order, kinds, "fused")
+        passing = passing_layers("fused-mlp", result, lambda c: ())
+        shares(plan, result, "fused-mlp", order, kinds | passing, "fused")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,9 @@ from .timing import Budget, Call, interleave
 SMALL: tuple[Shape, ...] = ((64, 100), (64, 300))
 CROWD: Shape = (1024, 1024)  # called by too many threads, or by several callers
 MLPS = ((784, 300, 100, 10), (784, 1024, 1024, 1024, 10))
+
+# The peer of calls without work.
+PASSING = "passing Function"
 
 # The layers that follow a dense layer, from the number of its outputs, by the network's name.
 Make = Callable[[int], Sequence[torch.nn.Module]]
@@ -111,12 +115,23 @@ def networks(sizes: Sequence[int], between: Between) -> dict[str, torch.nn.Seque
 def mlp(plan: Plan, result: Result) -> None:
     """What batch norm adds to the step of a network: ours over the builtin's."""
     relu = torch.nn.ReLU
+    passing = passing_layers("mlp", result, lambda c: (relu(),))
     between: Between = {
         "ours": lambda c: (relu(), torch_bn.BatchNorm1d(c)),
         "builtin": lambda c: (relu(), torch.nn.BatchNorm1d(c)),
         "without": lambda c: (relu(),),
     }
-    shares(plan, result, "mlp", "step", between)
+    shares(plan, result, "mlp", "step", between | passing)
+
+
+def passing_layers(part: str, result: Result, before: Make) -> Between:
+    """What `before` makes and a function that hands on its input: what calls alone add."""
+    native = floor()
+    if isinstance(native, str):
+        result.miss(part, PASSING, native)
+        return {}
+    function = native.passing_function
+    return {PASSING: lambda c: (*before(c), Floor(function, c))}
 
 
 def shares(
@@ -137,6 +152,9 @@ def shares(
                     times = interleave(calls, plan.budget)
                     ratios = {f"builtin/{own}": Ratio.of(times["builtin"], times[own], None)}
                     share = share_of(times, own)
+                    least = share_of(times, PASSING) if PASSING in times else None
+                    if least:
+                        ratios = {"share of calls": replace(least, better=None), **ratios}
                     if share:
                         ratios = {"share": share, **ratios}
                     else:

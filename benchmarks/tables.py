@@ -311,11 +311,14 @@ _CAPTIONS = {
     "mlp": (
         "share: (step with ours - step without batch norm) / (step with builtin - step without), "
         "with batch norm after each ReLU. A step is zero_grad, forward, cross entropy and "
-        "backward, without an optimiser; the networks share their dense layers."
+        "backward, without an optimiser; the networks share their dense layers. share of calls: "
+        "the same of a torch::autograd::Function of three inputs that hands on the first and "
+        "allocates its parameters' gradients (passing Function)."
     ),
     "fused-mlp": (
         "share: (step with the fused layers - step without batch norm and ReLU) / (step with the "
-        "builtin pair - step without), with the layer or the pair between the dense layers."
+        "builtin pair - step without), with the layer or the pair between the dense layers. share "
+        "of calls: the same of the passing Function."
     ),
     "bf16": (
         "The layer step with input in bfloat16 and parameters in float32, and the step of as many "
