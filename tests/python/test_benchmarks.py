@@ -258,6 +258,10 @@ class Floor(SimpleNamespace):
         return x * weight + bias
 
     @staticmethod
+    def passing_function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
     def inside_a_region(x: Tensor, weight: Tensor, bias: Tensor, threads: int) -> None: ...
 
 
@@ -299,6 +303,8 @@ def test_a_whole_run(
     assert set(steps[0].samples) == {"ours", "builtin"}
     ratio = steps[0].samples["builtin"].median / steps[0].samples["ours"].median
     assert steps[0].ratios["builtin/ours"].value == pytest.approx(ratio)
+    for part in ("mlp", "fused-mlp"):
+        assert all(models.PASSING in r.samples for r in found.of(part))
     assert {"cpu", "caches", "torch", "torch_bn", "isa", "date", "threads"} <= set(
         found.environment
     )
@@ -395,7 +401,7 @@ def test_absent_peers_in_words(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     path = tmp_path / "result.json"
     arguments = [*TINY, "--peers", "compile", "onednn", "jax", "--json", str(path)]
-    parts = ["--only", "peers", "kernels", "small", "threads"]
+    parts = ["--only", "peers", "kernels", "small", "mlp", "fused-mlp", "threads"]
     assert command.main([*arguments, *parts]) == 0
     said = " ".join(capsys.readouterr().out.split())
     absent = {(a["part"], a["peer"]): a["reason"] for a in json.loads(path.read_text())["absent"]}
@@ -405,6 +411,8 @@ def test_absent_peers_in_words(
         ("peers", "jax"),
         ("kernels", "copy"),
         ("small", "calls that only allocate"),
+        ("mlp", models.PASSING),
+        ("fused-mlp", models.PASSING),
         ("threads", "calls inside a parallel region"),
     }
     assert "needs a C++ compiler" in absent["peers", "compile"]
@@ -413,7 +421,12 @@ def test_absent_peers_in_words(
     assert "not installed" in absent["peers", "jax"]
     for (_, peer), reason in absent.items():
         assert f"Not measured: {peer}, because {reason}." in said
-    assert {r.part for r in Result.read(path).records} == {"kernels", "threads"}
+    assert {r.part for r in Result.read(path).records} == {
+        "kernels",
+        "mlp",
+        "fused-mlp",
+        "threads",
+    }
 
 
 def test_jax_is_not_measured_on_other_threads_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
