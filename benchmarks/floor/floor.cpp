@@ -118,8 +118,8 @@ at::Tensor empty_function(const at::Tensor& input, const at::Tensor& weight, con
   return Empty::apply(input, weight, bias);
 }
 
-// The same, handing on its input and the gradient of its output in place of memory that nobody wrote: for networks,
-// whose time depends on what their layers are given. It moves no data at all.
+// The same, handing on its input and the gradient of its output in place of memory that nobody wrote: for
+// networks, whose time depends on what their layers are given. It moves no data at all.
 class Passing : public torch::autograd::Function<Passing> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
