@@ -13,7 +13,7 @@ import torch_bn
 
 from .layers import Plan, dtype_name, named, record, threads_set
 from .memory import allocated_after, allocated_peak
-from .models import Between, networks, passing_layers, shares
+from .models import Between, networks, shares
 from .peers import AbsentError, Problem, Work, compiled_work, layer_work
 from .result import Ratio, Record, Result, Sample
 from .timing import interleave
@@ -123,8 +123,7 @@ def mlp(plan: Plan, result: Result) -> None:
     """What batch norm and ReLU add to the step of a network: fused over the builtin pair."""
     for order in ORDERS:
         kinds = {name: make for name, make in between(order).items() if name != "unfused"}
-        passing = passing_layers("fused-mlp", result, lambda c: ())
-        shares(plan, result, "fused-mlp", order, kinds | passing, "fused")
+        shares(plan, result, "fused-mlp", order, kinds, "fused")
 
 
 @dataclass

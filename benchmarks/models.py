@@ -115,29 +115,29 @@ def networks(sizes: Sequence[int], between: Between) -> dict[str, torch.nn.Seque
 def mlp(plan: Plan, result: Result) -> None:
     """What batch norm adds to the step of a network: ours over the builtin's."""
     relu = torch.nn.ReLU
-    passing = passing_layers("mlp", result, lambda c: (relu(),))
     between: Between = {
         "ours": lambda c: (relu(), torch_bn.BatchNorm1d(c)),
         "builtin": lambda c: (relu(), torch.nn.BatchNorm1d(c)),
         "without": lambda c: (relu(),),
     }
-    shares(plan, result, "mlp", "step", between | passing)
+    shares(plan, result, "mlp", "step", between)
 
 
-def passing_layers(part: str, result: Result, before: Make) -> Between:
-    """What `before` makes and a function that hands on its input: what calls alone add."""
+def _passing(part: str, result: Result, without: Make) -> Between:
+    """What `without` makes and a function that hands on its input: what calls alone add."""
     native = floor()
     if isinstance(native, str):
         result.miss(part, PASSING, native)
         return {}
     function = native.passing_function
-    return {PASSING: lambda c: (*before(c), Floor(function, c))}
+    return {PASSING: lambda c: (*without(c), Floor(function, c))}
 
 
 def shares(
     plan: Plan, result: Result, part: str, what: str, between: Between, own: str = "ours"
 ) -> None:
     """What the layers of `own` add to the step of a network, over what the builtin's add."""
+    between = {**between, **_passing(part, result, between["without"])}
     for threads in plan.threads:
         with threads_set(threads):
             for sizes in MLPS:
