@@ -240,6 +240,7 @@ struct TrainingGradient {
       return result;
     }
   };
+  // All in one expression: GCC writes a part that has a name of its own to the stack with every vector.
   template <typename T>
   auto at(i64 c) const {
     return At<T, decltype(pre_activation_of<kRelu, Element, T>(of, c))>{
@@ -269,6 +270,7 @@ struct EvaluationGradient {
       return passed(g * scale, x);
     }
   };
+  // In one expression, as above.
   template <typename T>
   auto at(i64 c) const {
     return At<T, decltype(pre_activation_of<kRelu, Element, T>(of, c))>{
