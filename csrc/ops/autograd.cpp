@@ -60,17 +60,63 @@ Gradients backward_below(const at::Tensor& grad_output, const at::Tensor& input,
                              options.output_mask, options.bias, options.relu);
 }
 
-// What backward must know beside the tensors, in one number: every entry of a Function's dictionary costs.
-struct Flags {
-  bool training;
-  bool has_bias;
-  int64_t relu;
+// What backward must know beside the tensors.
+struct Constants {
+  double eps = 0.0;
+  bool training = false;
+  bool has_bias = false;
+  int64_t relu = 0;
+  c10::IValue bias_sizes{};  // none for (C)
 
-  Flags(bool is_training, bool bias_is_given, int64_t which)
-      : training(is_training), has_bias(bias_is_given), relu(which) {}
-  explicit Flags(int64_t packed) : training((packed & 1) != 0), has_bias((packed & 2) != 0), relu(packed >> 2) {}
-  [[nodiscard]] int64_t packed() const { return (training ? 1 : 0) | (has_bias ? 2 : 0) | relu << 2; }
+  // Through a Function's dictionary. Flags share one number: every entry costs.
+  void keep_in(AutogradContext& ctx) const {
+    ctx.saved_data["eps"] = eps;
+    ctx.saved_data["flags"] = (training ? 1 : 0) | (has_bias ? 2 : 0) | relu << 2;
+    if (!bias_sizes.isNone()) ctx.saved_data["bias_sizes"] = bias_sizes;
+  }
+  static Constants kept_in(AutogradContext& ctx) {
+    const int64_t flags = ctx.saved_data["flags"].toInt();
+    return {ctx.saved_data["eps"].toDouble(), (flags & 1) != 0, (flags & 2) != 0, flags >> 2,
+            entry_of(ctx, "bias_sizes")};
+  }
 };
+
+Constants constants_of(const ForwardOptions& options, const std::optional<at::Tensor>& bias) {
+  const bool other_shape = is_given(bias) && bias->dim() != 1;
+  return {options.eps, options.training, is_given(bias), options.relu,
+          other_shape ? c10::IValue(bias->sym_sizes()) : c10::IValue()};
+}
+
+variable_list to_save(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, const at::Tensor& stats, int64_t relu) {
+  variable_list kept;
+  kept.reserve(4);  // and no initialiser list, which copies every tensor twice
+  kept.push_back(input);
+  kept.push_back(tensor_or_undefined(weight));
+  kept.push_back(stats);
+  if (is(relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
+  return kept;
+}
+
+// `saved` is what to_save named.
+Gradients gradients_of(const at::Tensor& grad_output, const variable_list& saved, const Constants& constants,
+                       const OutputMask& mask) {
+  const at::Tensor& input = saved[0];
+  const at::Tensor& weight = saved[1];
+  const at::Tensor& stats = saved[2];
+  const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
+  const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grad_output) &&
+                     is_plain(input) && is_plain(stats) && (!weight.defined() || is_plain(weight)) &&
+                     is_plain(bias) && !needs_decomposition(grad_output, input, optional_of(weight));
+  auto gradients =
+      plain ? batch_norm_backward_at_once(
+                  mask[0] && may_overwrite(grad_output, input) ? grad_output : at::Tensor(), grad_output, input,
+                  optional_of(weight), stats, constants.training, mask, bias, constants.relu)
+            : batch_norm_backward(grad_output, input, optional_of(weight), stats, constants.training,
+                                  constants.eps, mask, bias, constants.relu);
+  reshape_parameters(gradients, mask, weight, constants.bias_sizes);
+  return gradients;
+}
 
 }  // namespace
 
@@ -84,34 +130,19 @@ struct BatchNorm : Function<BatchNorm> {
                             const std::optional<at::Tensor>& bias, const ForwardOptions& options,
                             StatsResult result) {
     auto [output, stats] = forward_below(input, weight, bias, options);
-    variable_list kept{input, tensor_or_undefined(weight), stats};
-    if (is(options.relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
-    ctx->save_for_backward(std::move(kept));
+    ctx->save_for_backward(to_save(input, weight, bias, stats, options.relu));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["eps"] = options.eps;
-    ctx->saved_data["flags"] = Flags{options.training, is_given(bias), options.relu}.packed();
-    if (is_given(bias) && bias->dim() != 1) ctx->saved_data["bias_sizes"] = bias->sym_sizes();
+    constants_of(options, bias).keep_in(*ctx);
     *result.stats = std::move(stats);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
+    const auto constants = Constants::kept_in(*ctx);
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor& weight = saved[1];
-    const Flags flags(ctx->saved_data["flags"].toInt());
-    const OutputMask mask = wanted(*ctx, weight.defined(), flags.has_bias);
-    const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
-    const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grads[0]) &&
-                       is_plain(saved[0]) && is_plain(saved[2]) && (!weight.defined() || is_plain(weight)) &&
-                       is_plain(bias) && !needs_decomposition(grads[0], saved[0], optional_of(weight));
-    auto gradients = plain ? batch_norm_backward_at_once(
-                                 mask[0] && may_overwrite(grads[0], saved[0]) ? grads[0] : at::Tensor(), grads[0],
-                                 saved[0], optional_of(weight), saved[2], flags.training, mask, bias, flags.relu)
-                           : batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2], flags.training,
-                                                 ctx->saved_data["eps"].toDouble(), mask, bias, flags.relu);
-    reshape_parameters(gradients, mask, weight, entry_of(*ctx, "bias_sizes"));
-    auto& [grad_input, grad_weight, grad_bias] = gradients;
+    auto [grad_input, grad_weight, grad_bias] =
+        gradients_of(grads[0], saved, constants, wanted(*ctx, saved[1].defined(), constants.has_bias));
     return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
@@ -149,27 +180,73 @@ struct BatchNormBackward : Function<BatchNormBackward> {
 
 namespace {
 
+// The node of a plain call: the Function's own, but for what its dictionary, its name and its lists cost a small
+// layer. They are made where compiled autograd asks for them.
+struct PlainNode final : torch::autograd::CppNode<BatchNorm> {
+  Constants constants;
+  bool has_weight = false;
+
+  [[nodiscard]] std::string name() const override {
+    return c10::demangle(typeid(torch::autograd::CppNode<BatchNorm>).name());
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list results(num_outputs());
+    if (!grads[0].defined()) return results;
+    const at::Tensor grad_output = std::move(grads[0]);
+    const std::size_t of_bias = has_weight ? 2 : 1;
+    const OutputMask mask{task_should_compute_output(0), has_weight && task_should_compute_output(1),
+                          constants.has_bias && task_should_compute_output(of_bias)};
+    auto [grad_input, grad_weight, grad_bias] =
+        gradients_of(grad_output, ctx_.get_saved_variables(), constants, mask);
+    results[0] = std::move(grad_input);
+    if (has_weight) results[1] = std::move(grad_weight);
+    if (constants.has_bias) results[of_bias] = std::move(grad_bias);
+    return results;
+  }
+
+  void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
+    const_cast<PlainNode*>(this)->complete();
+    CppNode::compiled_args(args);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, torch::autograd::SwapSavedVariables& saved) override {
+    complete();
+    return CppNode::apply_with_saved(grads, saved);
+  }
+
+ private:
+  void complete() {
+    is_variable_input_ = {true, has_weight, constants.has_bias, false, false};
+    constants.keep_in(ctx_);
+  }
+};
+
 // Function::apply without what a plain call has no use for: one new output, no views, nothing changed in place.
 OutputAndStats record_plain(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& bias, const ForwardOptions& options) {
-  auto node = c10::make_intrusive<torch::autograd::CppNode<BatchNorm>>();
-  node->is_variable_input_ = {true, is_given(weight), is_given(bias), false, false};
+  OutputAndStats result;
+  {
+    const at::AutoGradMode off(false);
+    result = forward_below(input, weight, bias, options);
+  }
+  auto& [output, stats] = result;
+  auto node = c10::make_intrusive<PlainNode>();
+  node->constants = constants_of(options, bias);
+  node->has_weight = is_given(weight);
   torch::autograd::edge_list edges;
   edges.reserve(3);
   edges.push_back(torch::autograd::impl::gradient_edge(input));
   for (const auto* parameter : {&weight, &bias})
     if (is_given(*parameter)) edges.push_back(torch::autograd::impl::gradient_edge(**parameter));
-  node->set_ctx_grad_fn(node);
   node->set_next_edges(std::move(edges));
-  at::Tensor stats;
-  at::Tensor output;
-  {
-    const at::AutoGradMode off(false);
-    output = BatchNorm::forward(&node->ctx_, input, weight, bias, options, StatsResult{&stats});
-  }
+  node->set_ctx_grad_fn(node);
+  node->ctx_.save_for_backward(to_save(input, weight, bias, stats, options.relu));
+  node->ctx_.set_materialize_grads(false);
   torch::autograd::set_history(output, node);
   node->save_variables_to_ctx();
-  return {std::move(output), std::move(stats)};
+  return result;
 }
 
 OutputAndStats recorded_forward(const at::Tensor& input, const std::optional<at::Tensor>& weight,

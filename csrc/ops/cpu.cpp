@@ -1,6 +1,5 @@
 // From tensors to the kernels' raw pointers, on CPU.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -18,8 +17,8 @@ OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::op
   const auto& table = active_kernels();
   ForwardCall call(input, weight, bias, running_mean, running_var, training, eps, relu);
   auto& args = call.args;
-  at::Tensor output = empty_result(input.sizes(), input.options());
-  at::Tensor stats = at::empty({2, args.shape.c}, input.options().dtype(at::kDouble));
+  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
+  at::Tensor stats = empty_result({2, args.shape.c}, at::kDouble);
   args.output = output.mutable_data_ptr();
   args.mean = stats.mutable_data_ptr<double>();
   args.invstd = args.mean + args.shape.c;
@@ -41,12 +40,11 @@ Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& g
   const auto& table = active_kernels();
   BackwardCall call(grad_output, input, weight, bias, stats, training, relu);
   auto& args = call.args;
-  const auto param_options = input.options().dtype(call.param_dtype);
   at::Tensor grad_weight;
   at::Tensor grad_bias;
-  if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.options());
-  if (output_mask[1]) grad_weight = at::empty({args.shape.c}, param_options);
-  if (output_mask[2]) grad_bias = at::empty({args.shape.c}, param_options);
+  if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.scalar_type());
+  if (output_mask[1]) grad_weight = empty_result({args.shape.c}, call.param_dtype);
+  if (output_mask[2]) grad_bias = empty_result({args.shape.c}, call.param_dtype);
   if (input.numel() == 0) {
     if (grad_weight.defined()) grad_weight.zero_();
     if (grad_bias.defined()) grad_bias.zero_();

@@ -167,8 +167,8 @@ struct GhostBatchNorm : Function<GhostBatchNorm> {
     if (!grads[0].defined()) return variable_list(5);
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
-    const auto* bias_sizes = entry_of(*ctx, "bias_sizes");
-    const OutputMask mask = wanted(*ctx, weight.defined(), bias_sizes != nullptr);
+    const auto bias_sizes = entry_of(*ctx, "bias_sizes");
+    const OutputMask mask = wanted(*ctx, weight.defined(), !bias_sizes.isNone());
     auto gradients = ghost_batch_norm_backward(grads[0], saved[0], optional_of(weight), saved[2],
                                                ctx->saved_data["eps"].toDouble(),
                                                ctx->saved_data["virtual_batch_size"].toInt(), mask);

@@ -3,7 +3,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -99,9 +98,9 @@ OutputAndStats forward_cpu(const at::Tensor& input, const std::optional<at::Tens
   batch.eps = eps;
   const int64_t channels = batch.shape.c;
 
-  at::Tensor output = empty_result(input.sizes(), input.options());
+  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   const int64_t slots = ghost_slots(input, virtual_batch_size).expect_int();
-  at::Tensor stats = at::empty({slots, 2, channels}, input.options().dtype(at::kDouble));
+  at::Tensor stats = empty_result({slots, 2, channels}, at::kDouble);
   if (slots > chunks.count() || elements == 0) stats.zero_();
   const bool moves = is_given(running_mean) && elements > 0;
   Doubles m2;  // of every chunk, for the running variance
@@ -171,7 +170,7 @@ Gradients backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   const int64_t channels = batch.shape.c;
 
   at::Tensor grad_input;
-  if (output_mask[0]) grad_input = empty_result(input.sizes(), input.options());
+  if (output_mask[0]) grad_input = empty_result(input.sizes(), input.scalar_type());
   batch.grad_input = output_mask[0] && elements > 0 ? grad_input.mutable_data_ptr() : nullptr;
   const bool sums = output_mask[1] || output_mask[2];
   // Of every chunk the sums of grad_output and of grad_output * (input - mean), as a kernel leaves them first in

@@ -52,8 +52,9 @@ inline ArrayView view_of(const at::Tensor& array) {
 // A parameter of any shape with the right number of elements, flattened; `keep` owns a copy where one is due.
 inline ChannelView parameter_view(const std::optional<at::Tensor>& parameter, at::Tensor& keep) {
   if (!is_given(parameter)) return {nullptr, 0};
-  keep = parameter->dim() == 1 ? *parameter : parameter->reshape(-1);
-  return {const_cast<void*>(keep.const_data_ptr()), keep.stride(0)};
+  if (parameter->dim() != 1) keep = parameter->reshape(-1);
+  const at::Tensor& flat = keep.defined() ? keep : *parameter;
+  return {const_cast<void*>(flat.const_data_ptr()), flat.stride(0)};
 }
 
 inline ChannelView statistics_view(const std::optional<at::Tensor>& statistics, bool written) {

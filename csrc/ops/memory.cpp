@@ -1,6 +1,6 @@
 #include "memory.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 
 #include <cstdint>
 #ifdef __linux__
@@ -29,8 +29,8 @@ void advise_huge_pages(void* /*data*/, std::size_t /*bytes*/) {}
 
 }  // namespace
 
-at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor result = at::empty(sizes, options);
+at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor result(at::detail::empty_cpu(sizes, dtype));
   advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
   return result;
 }

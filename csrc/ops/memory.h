@@ -1,12 +1,13 @@
-// Fresh memory for large results.
+// Fresh memory for results.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace torch_bn::ops {
 
-// An uninitialised contiguous tensor. A large one is asked for in huge pages: its first touch costs one page
+// An uninitialised contiguous tensor, of at::empty's CPU kernel: below autograd the dispatcher has nothing to add
+// but its time, which a small layer feels. A large one is asked for in huge pages: its first touch costs one page
 // fault for 2 MiB and not 512, which together take longer than the arithmetic.
-at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace torch_bn::ops

@@ -1,5 +1,5 @@
 // The registered operators as C++ functions. Each call goes through the dispatcher, so that autograd,
-// tracing, transforms and modes see it.
+// tracing, transforms and modes see it; but for plain calls (see plain.h) of the public ones.
 #pragma once
 
 #include <ATen/core/Tensor.h>

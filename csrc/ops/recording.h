@@ -69,19 +69,19 @@ inline OutputMask wanted(const torch::autograd::AutogradContext& ctx, bool has_w
           has_bias && ctx.needs_input_grad(has_weight ? 2 : 1)};
 }
 
-// Parameters may have any shape with C elements, and their gradients get it; null sizes are (C).
+// Parameters may have any shape with C elements, and their gradients get it; sizes that are none are (C).
 inline void reshape_parameters(Gradients& gradients, const OutputMask& mask, const at::Tensor& weight,
-                               const c10::IValue* bias_sizes) {
+                               const c10::IValue& bias_sizes) {
   auto& [grad_input, grad_weight, grad_bias] = gradients;
   if (mask[1] && weight.dim() != 1) grad_weight = grad_weight.reshape_symint(weight.sym_sizes());
-  if (mask[2] && bias_sizes != nullptr && bias_sizes->toListRef().size() != 1)
-    grad_bias = grad_bias.reshape_symint(bias_sizes->toSymIntVector());
+  if (mask[2] && !bias_sizes.isNone() && bias_sizes.toListRef().size() != 1)
+    grad_bias = grad_bias.reshape_symint(bias_sizes.toSymIntVector());
 }
 
-// An entry of a Function's dictionary, null if there is none.
-inline const c10::IValue* entry_of(const torch::autograd::AutogradContext& ctx, const std::string& name) {
+// An entry of a Function's dictionary, none if there is none of this name.
+inline c10::IValue entry_of(const torch::autograd::AutogradContext& ctx, const std::string& name) {
   const auto found = ctx.saved_data.find(name);
-  return found == ctx.saved_data.end() ? nullptr : &found->second;
+  return found == ctx.saved_data.end() ? c10::IValue() : found->second;
 }
 
 // The other way: each at its place, undefined where none was asked for.

@@ -130,8 +130,8 @@ struct SyncBatchNorm : Function<SyncBatchNorm> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& input = saved[0];
     const at::Tensor& weight = saved[1];
-    const auto* bias_sizes = entry_of(*ctx, "bias_sizes");
-    const OutputMask mask = wanted(*ctx, weight.defined(), bias_sizes != nullptr);
+    const auto bias_sizes = entry_of(*ctx, "bias_sizes");
+    const OutputMask mask = wanted(*ctx, weight.defined(), !bias_sizes.isNone());
     const auto bias = optional_of(saved[3]);
     const BackwardOptions options{bias,
                                   saved[2],

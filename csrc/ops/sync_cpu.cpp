@@ -1,6 +1,5 @@
 // The synchronised layer's private operators on CPU: from tensors to the kernels.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -83,7 +82,7 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   ForwardCall call(input, weight, bias, running_mean, running_var, /*training=*/true, eps, relu);
   auto& args = call.args;
   const int64_t channels = args.shape.c;
-  at::Tensor output = empty_result(input.sizes(), input.options());
+  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   at::Tensor stats = at::zeros({2 * channels + 1}, input.options().dtype(at::kDouble));
   args.output = output.mutable_data_ptr();
   args.mean = stats.mutable_data_ptr<double>();
@@ -124,7 +123,7 @@ at::Tensor gradient_cpu(const at::Tensor& grad_output, const at::Tensor& input,
   const at::Tensor kept_parts = parts.contiguous();
   check_gradient(grad_output, input, weight, bias, stats, relu);
   const double rows = check_parts(input, kept_parts, layer);
-  at::Tensor grad_input = empty_result(input.sizes(), input.options());
+  at::Tensor grad_input = empty_result(input.sizes(), input.scalar_type());
   if (input.numel() == 0) return grad_input;
   BackwardCall call(grad_output, input, weight, bias, stats, /*training=*/true, relu);
   call.args.grad_input = grad_input.mutable_data_ptr();
