@@ -195,6 +195,19 @@ def test_compiled_autograd(layer_type: Layer, backend: str, forward: str) -> Non
 
 
 @both
+@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}], ids=str)
+def test_compiled_autograd_without_parameters(layer_type: Layer, options: dict[str, Any]) -> None:
+    layer = layer_type(3, **options)
+    eager = copy.deepcopy(layer)
+    x = torch.randn(5, 3)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        got = step(layer, x)
+    torch.testing.assert_close(got, step(eager, x), **CLOSE)
+    for own, other in zip(layer.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, **CLOSE)
+
+
+@both
 def test_compiled_autograd_with_dynamic_batch(layer_type: Layer) -> None:
     layer = layer_type(3)
     eager = copy.deepcopy(layer)

@@ -243,3 +243,19 @@ def test_types_of_gradients_under_vmap(name: str) -> None:
     want = [each.dtype for each in gradients(gradient[0], x[0])]
     assert want == [torch.bfloat16, torch.float32, torch.float32]
     assert [each.dtype for each in torch.func.vmap(gradients)(gradient, x)] == want
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (torch_bn.BatchNorm1d(3), "torch_bn::batch_norm"),
+        (torch_bn.BatchNormReLU1d(3), "torch_bn::batch_norm_relu"),
+        (torch_bn.ReLUBatchNorm1d(3), "torch_bn::relu_batch_norm"),
+    ],
+    ids=str,
+)
+def test_a_profiler_sees_the_layers_operator(layer: torch.nn.Module, name: str) -> None:
+    # Without one, a plain call goes past the dispatcher, which is what tells a profiler of operators.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        layer(torch.randn(5, 3))
+    assert name in {event.name for event in profiler.events()}
