@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.overrides import _get_overloaded_args, has_torch_function_variadic
@@ -38,7 +38,7 @@ _check_input_dim = torch.nn.BatchNorm1d._check_input_dim
 def layer(module: torch.nn.BatchNorm1d, input: Tensor, relu: int) -> Any:
     """The forward of a layer in one C++ call; NotImplemented where anything is unusual."""
     # What traces must see the operator, and whoever overrides a check its call.
-    if is_compiling() or type(module)._check_input_dim is not _check_input_dim:
+    if is_dynamo_compiling() or type(module)._check_input_dim is not _check_input_dim:
         return NotImplemented
     if module.virtual_batch_size is not None or module.channels_last:
         return NotImplemented
