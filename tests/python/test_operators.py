@@ -255,7 +255,7 @@ def test_types_of_gradients_under_vmap(name: str) -> None:
     ids=str,
 )
 def test_a_profiler_sees_the_layers_operator(layer: torch.nn.Module, name: str) -> None:
-    # Without one, a plain call goes past the dispatcher, which is what tells a profiler of operators.
+    # Without one, a plain call goes past the dispatcher, which tells profilers of operators.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         layer(torch.randn(5, 3))
     assert name in {event.name for event in profiler.events()}
