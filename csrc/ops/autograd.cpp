@@ -195,14 +195,12 @@ struct PlainNode final : torch::autograd::CppNode<BatchNorm> {
     variable_list results(num_outputs());
     if (!grads[0].defined()) return results;
     const at::Tensor grad_output = std::move(grads[0]);
-    const std::size_t of_bias = has_weight ? 2 : 1;
-    const OutputMask mask{task_should_compute_output(0), has_weight && task_should_compute_output(1),
-                          constants.has_bias && task_should_compute_output(of_bias)};
+    const OutputMask mask = wanted(ctx_, has_weight, constants.has_bias);
     auto [grad_input, grad_weight, grad_bias] =
         gradients_of(grad_output, ctx_.get_saved_variables(), constants, mask);
     results[0] = std::move(grad_input);
     if (has_weight) results[1] = std::move(grad_weight);
-    if (constants.has_bias) results[of_bias] = std::move(grad_bias);
+    if (constants.has_bias) results.back() = std::move(grad_bias);
     return results;
   }
 
