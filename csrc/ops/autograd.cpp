@@ -87,23 +87,25 @@ Constants constants_of(const ForwardOptions& options, const std::optional<at::Te
           other_shape ? c10::IValue(bias->sym_sizes()) : c10::IValue()};
 }
 
-variable_list to_save(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                      const std::optional<at::Tensor>& bias, const at::Tensor& stats, int64_t relu) {
+void save(AutogradContext& ctx, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+          const std::optional<at::Tensor>& bias, const at::Tensor& stats, int64_t relu) {
   variable_list kept;
   kept.reserve(4);  // and no initialiser list, which copies every tensor twice
   kept.push_back(input);
   kept.push_back(tensor_or_undefined(weight));
   kept.push_back(stats);
   if (is(relu, Relu::after)) kept.push_back(tensor_or_undefined(bias));
-  return kept;
+  ctx.save_for_backward(std::move(kept));
+  ctx.set_materialize_grads(false);
 }
 
-// `saved` is what to_save named.
-Gradients gradients_of(const at::Tensor& grad_output, const variable_list& saved, const Constants& constants,
-                       const OutputMask& mask) {
+// From what `save` has saved.
+Gradients gradients_of(const AutogradContext& ctx, const at::Tensor& grad_output, const Constants& constants) {
+  const auto saved = ctx.get_saved_variables();
   const at::Tensor& input = saved[0];
   const at::Tensor& weight = saved[1];
   const at::Tensor& stats = saved[2];
+  const OutputMask mask = wanted(ctx, weight.defined(), constants.has_bias);
   const auto bias = saved.size() > 3 ? optional_of(saved[3]) : std::nullopt;
   const bool plain = !at::GradMode::is_enabled() && nobody_looks_on() && is_plain(grad_output) &&
                      is_plain(input) && is_plain(stats) && (!weight.defined() || is_plain(weight)) &&
@@ -130,8 +132,7 @@ struct BatchNorm : Function<BatchNorm> {
                             const std::optional<at::Tensor>& bias, const ForwardOptions& options,
                             StatsResult result) {
     auto [output, stats] = forward_below(input, weight, bias, options);
-    ctx->save_for_backward(to_save(input, weight, bias, stats, options.relu));
-    ctx->set_materialize_grads(false);
+    save(*ctx, input, weight, bias, stats, options.relu);
     constants_of(options, bias).keep_in(*ctx);
     *result.stats = std::move(stats);
     return output;
@@ -139,10 +140,7 @@ struct BatchNorm : Function<BatchNorm> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
-    const auto constants = Constants::kept_in(*ctx);
-    const auto saved = ctx->get_saved_variables();
-    auto [grad_input, grad_weight, grad_bias] =
-        gradients_of(grads[0], saved, constants, wanted(*ctx, saved[1].defined(), constants.has_bias));
+    auto [grad_input, grad_weight, grad_bias] = gradients_of(*ctx, grads[0], Constants::kept_in(*ctx));
     return {grad_input, grad_weight, grad_bias, {}, {}};
   }
 };
@@ -194,10 +192,7 @@ struct PlainNode final : torch::autograd::CppNode<BatchNorm> {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list results(num_outputs());
     if (!grads[0].defined()) return results;
-    const at::Tensor grad_output = std::move(grads[0]);
-    const OutputMask mask = wanted(ctx_, has_weight, constants.has_bias);
-    auto [grad_input, grad_weight, grad_bias] =
-        gradients_of(grad_output, ctx_.get_saved_variables(), constants, mask);
+    auto [grad_input, grad_weight, grad_bias] = gradients_of(ctx_, grads[0], constants);
     results[0] = std::move(grad_input);
     if (has_weight) results[1] = std::move(grad_weight);
     if (constants.has_bias) results.back() = std::move(grad_bias);
@@ -240,8 +235,7 @@ OutputAndStats record_plain(const at::Tensor& input, const std::optional<at::Ten
     if (is_given(*parameter)) edges.push_back(torch::autograd::impl::gradient_edge(**parameter));
   node->set_next_edges(std::move(edges));
   node->set_ctx_grad_fn(node);
-  node->ctx_.save_for_backward(to_save(input, weight, bias, stats, options.relu));
-  node->ctx_.set_materialize_grads(false);
+  save(node->ctx_, input, weight, bias, stats, options.relu);
   torch::autograd::set_history(output, node);
   node->save_variables_to_ctx();
   return result;
