@@ -184,13 +184,14 @@ i64 widest_tile(const BackwardArgs& args, const Partition& partition) {
   return widest_tile<Element>(views, 2, args.shape, partition);
 }
 
-// Sums of one segment in a tile of channels, to its place in scratch.
+// Sums of one segment in a tile of channels, to their place.
 template <typename Element, typename Param, Relu kRelu>
-void gradient_sums(const BackwardArgs& args, const Partition& partition, i64 segment, Range channels) {
+void gradient_sums(const BackwardArgs& args, const Partition& partition, const Partials& partials, i64 segment,
+                   Range channels) {
   const Range items = partition.segment(segment);
   const Range rows = partition.rows_of(items);
-  double* total = args.scratch + kBackwardPartials * segment * args.shape.c;
-  double* dot = total + args.shape.c;
+  double* total = partials.array(segment, 0);
+  double* dot = partials.array(segment, 1);
   const ArrayView views[] = {args.input, args.grad_output};
   if constexpr (Element::kIsDouble) {
     segment_sums_of_doubles<Param, kRelu>(args, rows, channels, total, dot);
@@ -283,7 +284,8 @@ struct EvaluationGradient {
   }
 };
 
-// Scratch: the segments' sums, then coefficients over the channels in double and in float.
+// Scratch: the first segment's sums, then coefficients over the channels in double and in float, then the other
+// segments' sums.
 struct BackwardScratch {
   double* slope;
   double* shift;
@@ -292,9 +294,9 @@ struct BackwardScratch {
   std::uint8_t* plain;
   Coefficients of;  // of the forward; the mean is the caller's
 
-  BackwardScratch(const BackwardArgs& args, const Partition& partition) {
+  explicit BackwardScratch(const BackwardArgs& args) {
     const i64 channels = args.shape.c;
-    Arrays arrays(args.scratch + kBackwardPartials * partition.segments * channels);
+    Arrays arrays(args.scratch + kBackwardPartials * channels);
     slope = arrays.take<double>(channels);
     shift = arrays.take<double>(channels);
     narrow_slope = arrays.take<float>(channels);
@@ -304,22 +306,29 @@ struct BackwardScratch {
   }
 };
 
+// The segments' sums: in scratch, or but for the first one's in the result's memory.
+inline Partials backward_partials(const BackwardArgs& args, double* spare) {
+  const i64 channels = args.shape.c;
+  double* behind = args.scratch + (kBackwardPartials + kBackwardCoefficients) * channels + kAlignmentRoom;
+  return {args.scratch, spare != nullptr ? spare : behind, kBackwardPartials, channels};
+}
+
 // Merges the segments' sums of some channels, and leaves them in the first segment's place.
-inline void merge_gradient_sums(const BackwardArgs& args, const Partition& partition, Range channels) {
-  const i64 stride = kBackwardPartials * args.shape.c;
+inline void merge_gradient_sums(const Partition& partition, const Partials& partials, Range channels) {
   visit_tree(partition.segments, [&](i64 left, i64 right) {
-    double* a = args.scratch + left * stride;
-    const double* b = args.scratch + right * stride;
-    for (i64 array = 0; array < stride; array += args.shape.c)
-      for (i64 c = array + channels.begin; c < array + channels.end; ++c) a[c] += b[c];
+    for (i64 which = 0; which < kBackwardPartials; ++which) {
+      double* a = partials.array(left, which);
+      const double* b = partials.array(right, which);
+      for (i64 c = channels.begin; c < channels.end; ++c) a[c] += b[c];
+    }
   });
 }
 
 // From the sums to the parameters' gradients and the coefficients of some channels. Takes the pointers by value:
 // else they would have to be read again after every store.
 template <typename Element, typename Param, Relu kRelu>
-void finish_gradients(const BackwardArgs& args, const Partition& partition, BackwardScratch scratch, bool has_sums,
-                      Range channels) {
+void finish_gradients(const BackwardArgs& args, const Partition& partition, const Partials& partials,
+                      BackwardScratch scratch, bool has_sums, Range channels) {
   const double rows = static_cast<double>(partition.rows);
   const double* mean = args.mean;
   const double* invstd = args.invstd;
@@ -328,9 +337,9 @@ void finish_gradients(const BackwardArgs& args, const Partition& partition, Back
   read_channels<Param>(args.weight, channels, 1.0, of.scale);
   read_channels<Param>(kRelu == Relu::after ? args.bias : ChannelView{}, channels, 0.0, of.bias);
   if (has_sums) {
-    merge_gradient_sums(args, partition, channels);
-    const double* total = args.scratch;
-    const double* dot = total + args.shape.c;
+    merge_gradient_sums(partition, partials, channels);
+    const double* total = partials.array(0, 0);
+    const double* dot = partials.array(0, 1);
 #pragma omp simd
     for (i64 c = channels.begin; c < channels.end; ++c) {
       scratch.shift[c] = total[c] / rows;
@@ -387,20 +396,24 @@ void write_grad_input(const BackwardArgs& args, const BackwardScratch& scratch, 
   }
 }
 
+inline bool overwrites_gradient(const BackwardArgs& args) {
+  return args.grad_input == args.grad_output.data;
+}
+
 // Whether grad_input bypasses the caches. Over the gradient itself it is written to lines that are there already.
 template <typename Element>
 bool streams_grad_input(const BackwardArgs& args) {
   const Shape& shape = args.shape;
   const i64 bytes = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(typename Element::Storage));
-  return bytes >= args.stream_from && can_stream<Element>(shape, args.grad_input) &&
-         args.grad_input != args.grad_output.data;
+  return bytes >= args.stream_from && can_stream<Element>(shape, args.grad_input) && !overwrites_gradient(args);
 }
 
 template <typename Element, typename Param, Relu kRelu>
 void backward(const BackwardArgs& args) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
-  const BackwardScratch scratch(args, partition);
+  const BackwardScratch scratch(args);
+  double* spare = overwrites_gradient(args) ? nullptr : spare_room(args.grad_input);
   const bool has_sums =
       args.grad_weight != nullptr || args.grad_bias != nullptr || (args.training && args.grad_input != nullptr);
   constexpr i64 kSize = sizeof(typename Element::Storage);
@@ -411,10 +424,13 @@ void backward(const BackwardArgs& args) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/2, widest_tile<Element>(args, partition),
                             team.size());
     run_phases(
-        team, schedule, partition, shape.c, units, has_sums,
-        [&](i64 segment, Range tile) { gradient_sums<Element, Param, kRelu>(args, partition, segment, tile); },
-        [&](Range channels) {
-          finish_gradients<Element, Param, kRelu>(args, partition, scratch, has_sums, channels);
+        team, schedule, partition, backward_partials(args, schedule.by_channels ? nullptr : spare), shape.c, units,
+        has_sums,
+        [&](const Partials& partials, i64 segment, Range tile) {
+          gradient_sums<Element, Param, kRelu>(args, partition, partials, segment, tile);
+        },
+        [&](const Partials& partials, Range channels) {
+          finish_gradients<Element, Param, kRelu>(args, partition, partials, scratch, has_sums, channels);
         },
         [&](Range some, Range channels) {
           write_grad_input<Element, kRelu>(args, scratch, stream, some, channels);

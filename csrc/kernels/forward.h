@@ -69,11 +69,20 @@ struct Normalise {
   }
 };
 
-// Scratch: the segments' moments, then the coefficients over the channels; the mean is the caller's.
-inline Coefficients forward_coefficients(const ForwardArgs& args, const Partition& partition) {
+// Scratch: the first segment's moments, then the coefficients over the channels, then the other segments'
+// moments; the mean is the caller's.
+inline Coefficients forward_coefficients(const ForwardArgs& args) {
   const i64 channels = args.shape.c;
-  Arrays arrays(args.scratch + kForwardPartials * partition.segments * channels);
+  Arrays arrays(args.scratch + kForwardPartials * channels);
   return Coefficients::take(arrays, args.mean, channels);
+}
+
+// The segments' moments: in scratch, or but for the first one's in the result's memory.
+template <typename Element>
+Partials forward_partials(const ForwardArgs& args, double* spare) {
+  const i64 channels = args.shape.c;
+  double* behind = args.scratch + (kForwardPartials + kForwardCoefficients) * channels + kAlignmentRoom;
+  return {args.scratch, spare != nullptr ? spare : behind, kMomentArrays<Element>, channels};
 }
 
 // From the batch's moments to what normalises it, and into the running statistics.
@@ -107,10 +116,11 @@ void set_coefficients(const ForwardArgs& args, Coefficients of, Range channels) 
 
 // From the batch's moments, or the running statistics, to the coefficients of some channels.
 template <typename Element, typename Param>
-void finish_channels(const ForwardArgs& args, const Partition& partition, const Coefficients& of, Range channels) {
+void finish_channels(const ForwardArgs& args, const Partition& partition, const Partials& partials,
+                     const Coefficients& of, Range channels) {
   if (args.training) {
-    merge_segments<Element>(args, partition, channels);
-    const Partial whole(args.scratch, 0, args.shape.c);
+    merge_segments<Element>(partition, partials, channels);
+    const Partial whole = partial_of<Element>(partials, 0);
     finish_statistics<Param>(args, whole.mean, whole.m2, static_cast<double>(partition.rows), channels);
   } else {
     double* invstd = args.invstd;
@@ -138,7 +148,8 @@ template <typename Element, typename Param, Relu kRelu>
 void forward(const ForwardArgs& args) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
-  const Coefficients of = forward_coefficients(args, partition);
+  const Coefficients of = forward_coefficients(args);
+  double* spare = spare_room(args.output);
   const auto op = normalisation<Element, kRelu>(args, of);
   constexpr i64 kSize = sizeof(typename Element::Storage);
   const i64 elements = partition.rows * shape.c;
@@ -147,9 +158,14 @@ void forward(const ForwardArgs& args) {
     const Schedule schedule(shape, partition, kSize, /*operands=*/1,
                             widest_tile<Element>(&args.input, 1, shape, partition), team.size());
     run_phases(
-        team, schedule, partition, shape.c, units, args.training,
-        [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, segment, tile); },
-        [&](Range channels) { finish_channels<Element, Param>(args, partition, of, channels); },
+        team, schedule, partition, forward_partials<Element>(args, schedule.by_channels ? nullptr : spare),
+        shape.c, units, args.training,
+        [&](const Partials& partials, i64 segment, Range tile) {
+          moments_of<Element, kRelu>(args, partition, partials, segment, tile);
+        },
+        [&](const Partials& partials, Range channels) {
+          finish_channels<Element, Param>(args, partition, partials, of, channels);
+        },
         [&](Range some, Range channels) {
           for_each_element<Element>(op, shape, some, channels, args.output, args.input);
         });

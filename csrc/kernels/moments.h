@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exact_sum.h"
+#include "partials.h"
 #include "relu.h"
 #include "sums.h"
 
@@ -28,18 +29,26 @@ struct Merge {
   }
 };
 
-// The moments of a segment as they lie in scratch, each an array over the channels.
+// The moments of a segment, each an array over the channels; the last two of float64 data only.
+template <typename Element>
+constexpr i64 kMomentArrays = Element::kIsDouble ? kForwardPartials : 2;
+
 struct Partial {
   double* mean;
   double* m2;
-  double* sum_hi;  // of float64 data only
-  double* sum_lo;
-  Partial(double* scratch, i64 segment, i64 channels)
-      : mean(scratch + kForwardPartials * segment * channels),
-        m2(mean + channels),
-        sum_hi(m2 + channels),
-        sum_lo(sum_hi + channels) {}
+  double* sum_hi = nullptr;
+  double* sum_lo = nullptr;
 };
+
+template <typename Element>
+Partial partial_of(const Partials& partials, i64 segment) {
+  Partial one{partials.array(segment, 0), partials.array(segment, 1)};
+  if constexpr (Element::kIsDouble) {
+    one.sum_hi = partials.array(segment, 2);
+    one.sum_lo = partials.array(segment, 3);
+  }
+  return one;
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Moments of a segment of k rows of data narrower than double, in one sweep (where a ReLU comes before, x is what
@@ -236,8 +245,9 @@ void segment_moments_of_doubles(const ArrayView& input, const Shape& shape, Rang
 
 // One segment in a tile of channels.
 template <typename Element, Relu kRelu>
-void moments_of(const ForwardArgs& args, const Partition& partition, i64 segment, Range channels) {
-  const Partial partial(args.scratch, segment, args.shape.c);
+void moments_of(const ForwardArgs& args, const Partition& partition, const Partials& partials, i64 segment,
+                Range channels) {
+  const Partial partial = partial_of<Element>(partials, segment);
   if constexpr (Element::kIsDouble)
     segment_moments_of_doubles<kRelu>(args.input, args.shape, partition.rows_of(partition.segment(segment)),
                                       channels, partial);
@@ -247,15 +257,15 @@ void moments_of(const ForwardArgs& args, const Partition& partition, i64 segment
 
 // Leaves the moments of the whole batch in the first segment's place.
 template <typename Element>
-void merge_segments(const ForwardArgs& args, const Partition& partition, Range channels) {
+void merge_segments(const Partition& partition, const Partials& partials, Range channels) {
   const auto first_row = [&](i64 segment) {
     return partition.first_row(min_of(segment * partition.segment_items, partition.items));
   };
   visit_tree(partition.segments, [&](i64 left, i64 right) {
     const i64 middle = first_row(right);
     const Merge merge(middle - first_row(left), first_row(right + right - left) - middle);
-    const Partial a(args.scratch, left, args.shape.c);
-    const Partial b(args.scratch, right, args.shape.c);
+    const Partial a = partial_of<Element>(partials, left);
+    const Partial b = partial_of<Element>(partials, right);
     for (i64 c = channels.begin; c < channels.end; ++c) {
       merge(a.mean[c], a.m2[c], b.mean[c], b.m2[c]);
       if constexpr (Element::kIsDouble) {
@@ -265,7 +275,7 @@ void merge_segments(const ForwardArgs& args, const Partition& partition, Range c
     }
   });
   if constexpr (Element::kIsDouble) {
-    const Partial whole(args.scratch, 0, args.shape.c);
+    const Partial whole = partial_of<Element>(partials, 0);
     const double rows = static_cast<double>(partition.rows);
     for (i64 c = channels.begin; c < channels.end; ++c)
       whole.mean[c] = refined_mean(whole.mean[c], whole.sum_hi[c], whole.sum_lo[c], rows);

@@ -1,7 +1,7 @@
 // How a call's work is shared out. It changes the speed, never a bit.
 #pragma once
 
-#include "team.h"
+#include "partials.h"
 
 namespace torch_bn::kernels {
 namespace {
@@ -72,37 +72,39 @@ void for_each_block(Range channels, i64 width, Visit visit) {
   for (i64 c = channels.begin; c < channels.end; c += width) visit(Range{c, min_of(c + width, channels.end)});
 }
 
-// Calls sum(segment, tile) for this thread's share of all segments and tiles.
+// Calls sum(partials, segment, tile) for this thread's share of all segments and tiles.
 template <typename Sum>
-void share_segments(const Team& team, const Partition& partition, i64 channels, i64 tile, Sum sum) {
+void share_segments(const Team& team, const Partition& partition, const Partials& partials, i64 channels, i64 tile,
+                    Sum sum) {
   const i64 tiles = ceil_div(channels, tile);
   const Range tasks = team.share(partition.segments * tiles);
   for (i64 task = tasks.begin; task < tasks.end; ++task) {
     const i64 c = task % tiles * tile;
-    sum(task / tiles, Range{c, min_of(c + tile, channels)});
+    sum(partials, task / tiles, Range{c, min_of(c + tile, channels)});
   }
 }
 
-// The frame of both directions, run by every thread of a team: sum(segment, tile) where there is anything to sum,
-// finish(channels) from sums to coefficients, write(units, channels).
+// The frame of both directions, run by every thread of a team: sum(partials, segment, tile) where there is
+// anything to sum, finish(partials, channels) from sums to coefficients, write(units, channels).
 template <typename Sum, typename Finish, typename Write>
-void run_phases(const Team& team, const Schedule& schedule, const Partition& partition, i64 channels, i64 units,
-                bool has_sums, Sum sum, Finish finish, Write write) {
+void run_phases(const Team& team, const Schedule& schedule, const Partition& partition, const Partials& partials,
+                i64 channels, i64 units, bool has_sums, Sum sum, Finish finish, Write write) {
   const Range own = share_of_channels(team, channels);
   if (schedule.by_channels && has_sums) {
     for_each_block(own, schedule.block, [&](Range block) {
+      const Partials some = partials.of_block(partition, own, block);
       for (i64 s = 0; s < partition.segments; ++s)
-        for_each_block(block, schedule.tile, [&](Range tile) { sum(s, tile); });
-      finish(block);
+        for_each_block(block, schedule.tile, [&](Range tile) { sum(some, s, tile); });
+      finish(some, block);
       write(Range{0, units}, block);
     });
     return;
   }
   if (has_sums) {
-    share_segments(team, partition, channels, schedule.tile, sum);
+    share_segments(team, partition, partials, channels, schedule.tile, sum);
     team.barrier();
   }
-  finish(own);
+  finish(partials, own);
   team.barrier();
   write(team.share(units), Range{0, channels});
 }

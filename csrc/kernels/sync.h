@@ -9,11 +9,12 @@
 namespace torch_bn::kernels {
 namespace {
 
-// Calls sum(segment, tile) for every segment and tile, then finish(channels), on a team.
+// Calls sum(partials, segment, tile) for every segment and tile, then finish(channels), on a team.
 template <typename Sum, typename Finish>
-void sum_on_team(int threads, const Partition& partition, i64 channels, i64 widest, Sum sum, Finish finish) {
+void sum_on_team(int threads, const Partition& partition, const Partials& partials, i64 channels, i64 widest,
+                 Sum sum, Finish finish) {
   run_team(threads, partition.rows * channels, [&](const Team& team) {
-    share_segments(team, partition, channels, tile_for(partition, channels, widest, team.size()), sum);
+    share_segments(team, partition, partials, channels, tile_for(partition, channels, widest, team.size()), sum);
     team.barrier();
     finish(share_of_channels(team, channels));
   });
@@ -22,12 +23,15 @@ void sum_on_team(int threads, const Partition& partition, i64 channels, i64 wide
 template <typename Element, Relu kRelu>
 void local_moments(const ForwardArgs& args, double* mean, double* m2) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
+  const Partials all = forward_partials<Element>(args, nullptr);
   sum_on_team(
-      args.threads, partition, args.shape.c, widest_tile<Element>(&args.input, 1, args.shape, partition),
-      [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, segment, tile); },
+      args.threads, partition, all, args.shape.c, widest_tile<Element>(&args.input, 1, args.shape, partition),
+      [&](const Partials& partials, i64 segment, Range tile) {
+        moments_of<Element, kRelu>(args, partition, partials, segment, tile);
+      },
       [&](Range channels) {
-        merge_segments<Element>(args, partition, channels);
-        const Partial whole(args.scratch, 0, args.shape.c);
+        merge_segments<Element>(partition, all, channels);
+        const Partial whole = partial_of<Element>(all, 0);
         for (i64 c = channels.begin; c < channels.end; ++c) {
           mean[c] = whole.mean[c];
           m2[c] = whole.m2[c];
@@ -62,10 +66,7 @@ template <typename Element, typename Param, Relu kRelu>
 void normalise_by_parts(const ForwardArgs& args, const Parts& parts) {
   const Shape& shape = args.shape;
   const Partition partition(shape, sums_run_along_lines(shape, args.input));
-  // Without rows there is no segment, and the merged moments stand where the coefficients begin otherwise.
-  Partition one = partition;
-  one.segments = 1;
-  const Coefficients of = forward_coefficients(args, one);
+  const Coefficients of = forward_coefficients(args);
   const auto op = normalisation<Element, kRelu>(args, of);
   const i64 elements = partition.rows * shape.c;
   const i64 units = units_of(shape);
@@ -84,11 +85,14 @@ void normalise_by_parts(const ForwardArgs& args, const Parts& parts) {
 template <typename Element, typename Param, Relu kRelu>
 void local_gradient_sums(const BackwardArgs& args, double* total, double* dot) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
+  const Partials all = backward_partials(args, nullptr);
   sum_on_team(
-      args.threads, partition, args.shape.c, widest_tile<Element>(args, partition),
-      [&](i64 segment, Range tile) { gradient_sums<Element, Param, kRelu>(args, partition, segment, tile); },
+      args.threads, partition, all, args.shape.c, widest_tile<Element>(args, partition),
+      [&](const Partials& partials, i64 segment, Range tile) {
+        gradient_sums<Element, Param, kRelu>(args, partition, partials, segment, tile);
+      },
       [&](Range channels) {
-        merge_gradient_sums(args, partition, channels);
+        merge_gradient_sums(partition, all, channels);
         for (i64 c = channels.begin; c < channels.end; ++c) {
           total[c] = args.scratch[c];
           dot[c] = args.scratch[args.shape.c + c];
@@ -111,14 +115,15 @@ void gradient_by_sums(const BackwardArgs& args, const PartialSums& sums) {
   // As if one segment held the sums of all processes' rows.
   partition.segments = 1;
   partition.rows = static_cast<i64>(sums.rows);
-  const BackwardScratch scratch(args, partition);
+  const BackwardScratch scratch(args);
   const bool stream = streams_grad_input<Element>(args);
   const i64 units = units_of(shape);
   run_team(args.threads, elements, [&](const Team& team) {
     const Range own = share_of_channels(team, shape.c);
     add_parts(sums, own, sums.total, args.scratch);
     add_parts(sums, own, sums.dot, args.scratch + shape.c);
-    finish_gradients<Element, Param, kRelu>(args, partition, scratch, /*has_sums=*/true, own);
+    finish_gradients<Element, Param, kRelu>(args, partition, backward_partials(args, nullptr), scratch,
+                                            /*has_sums=*/true, own);
     team.barrier();
     write_grad_input<Element, kRelu>(args, scratch, stream, team.share(units), Range{0, shape.c});
   });

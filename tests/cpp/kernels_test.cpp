@@ -315,6 +315,47 @@ TEST_P(Kernels, GradInputMayLieOverGradOutput) {
   expect_the_same_in_place<BFloat16Bits>(table(), small_numbers<BFloat16Bits>);
 }
 
+// Where a result's memory can hold the partial results, a call touches no other: what it needs beyond its results
+// does not grow with the rows.
+TEST_P(Kernels, PartialResultsLieInTheResult) {
+  const Shape shape{8193, 9, 1};  // 33 segments of 256 rows, the last of one
+  const std::int64_t others = 32 * 9;
+  for (const int threads : {1, 2}) {
+    Problem<float> problem(shape, 0.5, 2.0);
+    const auto want = problem.run(table(), threads);
+    EXPECT_EQ(want.forward_partials, 0);
+    EXPECT_EQ(want.backward_partials, 0);
+    problem.in_place = true;
+    const auto in_place = problem.run(table(), threads);
+    EXPECT_TRUE(want.same(in_place));
+    EXPECT_EQ(in_place.backward_partials, 2 * others);  // the gradient is still read
+    problem.in_place = false;
+    problem.offset = 1;
+    const auto unaligned = problem.run(table(), threads);
+    EXPECT_TRUE(want.same(unaligned));
+    EXPECT_EQ(unaligned.forward_partials, 2 * others);  // no double lies at four bytes
+    EXPECT_EQ(unaligned.backward_partials, 2 * others);
+  }
+  Problem<double> problem(shape, 0.5, 2.0);
+  const auto want = problem.run(table());
+  EXPECT_EQ(want.forward_partials, 0);
+  EXPECT_EQ(want.backward_partials, 0);
+}
+
+// Where channels go block by block, results and partial results are written in turn: these take the room of one
+// block.
+TEST_P(Kernels, PartialResultsOfABlockTakeThePlaceOfTheOneBefore) {
+  const Shape shape{512, 1030,
+                    1};  // 4 segments; blocks of 256 channels, and of 256 too where there are two arrays
+  Problem<float> problem(shape, 0.5, 2.0);
+  const auto got = problem.run(table());
+  EXPECT_EQ(got.forward_partials, 2 * 3 * 256);
+  const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
+  EXPECT_LE(error(got.output, want.output), 2.5e-7);            // four roundings of 6e-8 an element
+  EXPECT_LE(error(got.grad_weight, want.grad_weight), 6.1e-8);  // one
+  EXPECT_TRUE(got.same(problem.run(table(), 2)));
+}
+
 TEST(Dispatch, NamesAreConsistent) {
   for (const std::string& name : supported_isas()) {
     ASSERT_NE(find_isa(name), nullptr);

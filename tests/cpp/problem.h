@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/blocks.h"
 #include "kernels/dispatch.h"
 #include "reference.h"
 
@@ -85,18 +86,20 @@ struct Stored {
   }
 };
 
-// Where a kernel writes what is to end in `values`: there, or at the start of a cache line, as streaming stores
-// need.
+// Where a kernel writes what is to end in `values`: there, or some elements behind the start of a cache line, at
+// which streaming stores need it.
+constexpr int kWhereverItLies = -1;
+
 template <typename T>
 class Target {
  public:
-  Target(std::vector<T>& values, bool aligned)
-      : values_(values), room_(aligned ? values.size() + 64 / sizeof(T) : 0) {}
+  Target(std::vector<T>& values, int offset)
+      : values_(values), offset_(offset), room_(offset < 0 ? 0 : values.size() + offset + 64 / sizeof(T)) {}
 
   T* data() {
     if (room_.empty()) return values_.data();
     const auto address = reinterpret_cast<std::uintptr_t>(room_.data());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+    return reinterpret_cast<T*>((address + 63) / 64 * 64) + offset_;
   }
   void fill() {
     if (!room_.empty()) std::memcpy(data(), values_.data(), values_.size() * sizeof(T));
@@ -107,13 +110,24 @@ class Target {
 
  private:
   std::vector<T>& values_;
+  int offset_;
   std::vector<T> room_;
 };
+
+// How many doubles of working memory have been written from some position on.
+inline std::int64_t written_from(const std::vector<double>& scratch, std::int64_t begin) {
+  std::int64_t count = 0;
+  for (std::size_t i = begin; i < scratch.size(); ++i)
+    count += std::memcmp(&scratch[i], &kUnset, sizeof(double)) != 0 ? 1 : 0;
+  return count;
+}
 
 template <typename T>
 struct Results {
   std::vector<T> output, grad_input, grad_weight, grad_bias, running_mean, running_var;
   std::vector<double> mean, invstd;
+  std::int64_t forward_partials = 0;  // doubles of scratch that took the partial results of all segments but one
+  std::int64_t backward_partials = 0;
   [[nodiscard]] bool same(const Results& other) const {
     return same_bits(output, other.output) && same_bits(grad_input, other.grad_input) &&
            same_bits(grad_weight, other.grad_weight) && same_bits(grad_bias, other.grad_bias) &&
@@ -142,7 +156,8 @@ struct Problem {
   double momentum = 0.25;
   Relu relu = Relu::none;
   std::int64_t stream_from = std::int64_t{1} << 40;
-  bool in_place = false;  // grad_input over a contiguous grad_output
+  bool in_place = false;         // grad_input over a contiguous grad_output
+  int offset = kWhereverItLies;  // of the results from a cache line
 
   // Random data from four seeds; `draw(count, mean, std, seed)` returns the values.
   template <typename Draw>
@@ -202,7 +217,8 @@ struct Problem {
     ForwardArgs forward = forward_args(shape, threads);
     forward.training = training;
     forward.input = input.view;
-    Target<T> output(r.output, stream_from == 0);
+    const int placed = stream_from == 0 && offset < 0 ? 0 : offset;
+    Target<T> output(r.output, placed);
     forward.output = output.data();
     forward.running_mean = {r.running_mean.data(), 1};
     forward.running_var = {r.running_var.data(), 1};
@@ -211,6 +227,8 @@ struct Problem {
     forward.scratch = scratch.data();
     table.forward(forward);
     output.done();
+    r.forward_partials =
+        written_from(scratch, (kForwardPartials + kForwardCoefficients) * shape.c + kAlignmentRoom);
 
     scratch.assign(backward_scratch(shape), kUnset);
     BackwardArgs backward = backward_args(shape, threads);
@@ -220,7 +238,7 @@ struct Problem {
     backward.mean = r.mean.data();
     backward.invstd = r.invstd.data();
     if (in_place) r.grad_input = g;
-    Target<T> grad_input(r.grad_input, stream_from == 0);
+    Target<T> grad_input(r.grad_input, placed);
     backward.grad_input = grad_input.data();
     backward.grad_weight = r.grad_weight.data();
     backward.grad_bias = r.grad_bias.data();
@@ -231,6 +249,8 @@ struct Problem {
     }
     table.backward(backward);
     grad_input.done();
+    r.backward_partials =
+        written_from(scratch, (kBackwardPartials + kBackwardCoefficients) * shape.c + kAlignmentRoom);
     return r;
   }
 };
