@@ -202,7 +202,7 @@ def kernels(result: Result) -> Figure | None:
     all_axes[0].set_ylabel("seconds a call")
     all_axes[0].legend(frameon=False, loc="upper left")
     threads = records[0].threads
-    figure.suptitle(f"Kernels, results allocated, {threads} threads", x=0.01, ha="left")
+    figure.suptitle(f"Kernels, results in memory used before, {threads} threads", x=0.01, ha="left")
     return figure
 
 

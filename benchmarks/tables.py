@@ -216,7 +216,7 @@ def _threads(count: int) -> str:
 def kernel_tables(result: Result) -> list[Table]:
     """Multiples of the copy."""
     tables = []
-    shown = [f"{o}/{c}" for o in _OPERATORS for c in ("copy", "fresh copy")]
+    shown = [f"{o}/{c}" for o in _OPERATORS for c in ("copy", "new copy")]
     shown += [f"builtin {o}/copy" for o in _OPERATORS]
     for threads in sorted({r.threads for r in result.of("kernels")}, reverse=True):
         records = result.of("kernels", None, threads)
@@ -239,20 +239,20 @@ def kernel_tables(result: Result) -> list[Table]:
 _OPERATORS = ("forward", "backward", "evaluation")
 _COPY = (
     "Multiples of the time of the best copy: the faster of memcpy and a non-temporal copy of the "
-    "input with as many threads, onto memory that is warm or, where so headed, onto a tensor "
-    "allocated in the call. The operators allocate their results. A forward's floor is 1, a "
-    "backward's 1.5."
+    "input with as many threads. Results and copies lie in memory that was used before, large "
+    "ones in huge pages; under new/new torch's allocator puts both wherever it does. A forward's "
+    "floor is 1, a backward's 1.5."
 )
 
 
 def _kernel_heading(ratio: str) -> str:
     """Narrow enough for nine columns.
 
-    >>> _kernel_heading("backward/fresh copy"), _kernel_heading("builtin evaluation/copy")
-    ('/fresh copy', 'builtin eval.')
+    >>> _kernel_heading("backward/new copy"), _kernel_heading("builtin evaluation/copy")
+    ('new/new', 'builtin eval.')
     """
     above, below = ratio.split("/")
-    return "/fresh copy" if below == "fresh copy" else above.replace("evaluation", "eval.")
+    return "new/new" if below == "new copy" else above.replace("evaluation", "eval.")
 
 
 def _copy_text(record: Record) -> str:

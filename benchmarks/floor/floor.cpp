@@ -1,6 +1,8 @@
 // What nothing can beat: a copy of the same bytes, and calls that allocate the same results and compute nothing.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <omp.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -8,11 +10,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace {
@@ -82,6 +91,72 @@ void copy(const at::Tensor& to, const at::Tensor& from, bool streaming, int thre
               "copy: two contiguous tensors of the same bytes are needed");
   copy_bytes(static_cast<char*>(to.mutable_data_ptr()), static_cast<const char*>(from.const_data_ptr()),
              static_cast<std::int64_t>(from.nbytes()), streaming ? stream : plain, threads);
+}
+
+// Hands out again what was freed, so that results lie in memory that was used before, for whichever operator
+// allocates them. Large pieces are advised to lie in huge pages.
+class Reusing final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(std::size_t bytes) override {
+    auto piece = std::make_unique<Piece>(Piece{this, bytes, taken(bytes)});
+    void* data = piece->data;
+    return {data, piece.release(), &give_back, c10::Device(c10::kCPU)};
+  }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+  void empty() {
+    const std::lock_guard lock(mutex_);
+    for (auto& [bytes, pieces] : free_)
+      for (void* data : pieces) c10::free_cpu(data);
+    free_.clear();
+  }
+
+ private:
+  struct Piece {
+    Reusing* owner;
+    std::size_t bytes;
+    void* data;
+  };
+
+  void* taken(std::size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      std::vector<void*>& pieces = free_[bytes];
+      if (!pieces.empty()) {
+        void* data = pieces.back();
+        pieces.pop_back();
+        return data;
+      }
+    }
+    void* data = c10::alloc_cpu(bytes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t kHuge = std::uintptr_t{2} << 20;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHuge * kHuge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+    return data;
+  }
+
+  static void give_back(void* context) {
+    const std::unique_ptr<Piece> piece(static_cast<Piece*>(context));
+    const std::lock_guard lock(piece->owner->mutex_);
+    piece->owner->free_[piece->bytes].push_back(piece->data);
+  }
+
+  std::mutex mutex_;
+  std::map<std::size_t, std::vector<void*>> free_;
+};
+
+// From now on every tensor's memory is reused, or, when switched off, torch's own again and what was kept is
+// freed.
+void reuse_memory(bool on) {
+  static auto* reusing = new Reusing;  // outlives every tensor
+  static c10::Allocator* const usual = c10::GetAllocator(c10::kCPU);
+  c10::SetAllocator(c10::kCPU, on ? static_cast<c10::Allocator*>(reusing) : usual);
+  if (!on) reusing->empty();
 }
 
 // The results of a forward, unwritten.
@@ -167,6 +242,7 @@ void inside_a_region(const at::Tensor& input, const at::Tensor& weight, const at
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("can_stream", &can_stream, "Whether this processor has the non-temporal copy.");
   m.def("copy", &copy, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("reuse_memory", &reuse_memory, "Whether results lie in memory that was used before.");
   m.def("allocate_forward", &allocate_forward);
   m.def("empty_function", &empty_function);
   m.def("passing_function", &passing_function);
