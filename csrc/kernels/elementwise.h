@@ -23,6 +23,8 @@ constexpr i64 kPieceChannels = 1024;
 constexpr i64 kPieceElements = 262144;
 // Elements to fetch ahead of rows that bypass the caches, several at once.
 constexpr i64 kElementsAhead = 256;
+// The same of rows one after the other: the processor does not foresee the next page.
+constexpr i64 kPageAhead = 1024;
 
 // A unit of work is a row of a matrix, or a piece of the N * C lines' positions [0, L).
 inline i64 pieces_of_line(const Shape& shape) {
@@ -73,7 +75,8 @@ inline void put(typename Element::Storage* to, Vector v) {
 }
 
 // kRows rows over some channels; `to` is the first row of the result, `stride` the distance to the next.
-template <typename Element, int kRows, bool kStream, typename Op, typename... Source>
+template <typename Element, int kRows, bool kStream, i64 kAhead = (kRows > 1 ? kElementsAhead : 0), typename Op,
+          typename... Source>
 void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64 stride, Source... source) {
   using Vector = typename Element::Vector;
   constexpr i64 kStep = sizeof(Vector) / sizeof(typename Element::Real);
@@ -81,8 +84,7 @@ void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64
   const auto vectors_at = [&](i64 c) {
     const auto f = real.template at<Vector>(c);
     for (int i = 0; i < kRows; ++i) {
-      if constexpr (kStream && kRows > 1)
-        (__builtin_prefetch(source.data + i * source.stride + c + kElementsAhead), ...);
+      if constexpr (kStream && kAhead > 0) (__builtin_prefetch(source.data + i * source.stride + c + kAhead), ...);
       put<Element, kStream>(to + i * stride + c, f(Element::load_vector(source.data + i * source.stride + c)...));
     }
   };
@@ -111,14 +113,21 @@ void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range chan
   }
   i64 n = rows.begin;
   // Past the caches, rows of one operand are written one after the other, and of two if the piece is narrow.
-  const bool in_order = kStream ? channels.size() * static_cast<i64>(sizeof...(views)) <= kPieceChannels
-                                : channels.size() >= kWideRow;
+  const bool in_order = kStream
+                            ? sizeof...(views) == 1 || channels.size() * i64{sizeof...(views)} <= kPieceChannels
+                            : channels.size() >= kWideRow;
   for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
     apply_rows<Element, kRowsAtOnce, kStream>(op, channels, out + n * shape.c, shape.c,
                                               plain_rows<Element>(views, shape, n, 0)...);
-  for (; n < rows.end; ++n)
-    apply_rows<Element, 1, kStream>(op, channels, out + n * shape.c, shape.c,
-                                    plain_rows<Element>(views, shape, n, 0)...);
+  const auto each_row = [&]<i64 kAhead>() {
+    for (; n < rows.end; ++n)
+      apply_rows<Element, 1, kStream, kAhead>(op, channels, out + n * shape.c, shape.c,
+                                              plain_rows<Element>(views, shape, n, 0)...);
+  };
+  if (kStream && channels.size() > kPieceChannels)
+    each_row.template operator()<kStream ? kPageAhead : 0>();
+  else
+    each_row.template operator()<0>();
 }
 
 template <typename Element, bool kStream, typename Op>
@@ -143,11 +152,14 @@ void apply(const Op& op, const Shape& shape, Range units, Range channels, typena
   if (shape.l == 1 && ((views.stride_c == 1) && ...)) {
     // From the end: what was summed last is still in a cache.
     const i64 piece_rows = max_of(kPieceElements / channels.size(), kRowsAtOnce);
+    // Past the caches, the rows of one operand go as they lie, as a copy would. A channel that needs double costs
+    // its piece only.
+    const bool whole = kStream && sizeof...(views) == 1 && all_plain(op.plain, channels);
+    const i64 width = whole ? channels.size() : kPieceChannels;
     for (i64 end = units.end; end > units.begin;) {
       const Range rows{max_of(units.begin, end - piece_rows), end};
-      for (i64 c = channels.begin; c < channels.end; c += kPieceChannels)
-        apply_matrix_piece<Element, kStream>(op, shape, rows, {c, min_of(c + kPieceChannels, channels.end)}, out,
-                                             views...);
+      for (i64 c = channels.begin; c < channels.end; c += width)
+        apply_matrix_piece<Element, kStream>(op, shape, rows, {c, min_of(c + width, channels.end)}, out, views...);
       end = rows.begin;
     }
     return;
