@@ -135,7 +135,9 @@ class Reusing final : public c10::Allocator {
     constexpr std::uintptr_t kHuge = std::uintptr_t{2} << 20;
     const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
     const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHuge * kHuge;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    // Smaller pieces lie in the C library's heap, with which the advice would stay when they are given back.
+    constexpr std::size_t kOwnMapping = std::size_t{32} << 20;
+    if (bytes >= kOwnMapping && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
     return data;
   }
