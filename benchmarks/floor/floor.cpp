@@ -20,9 +20,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+
+#include "../../csrc/ops/huge_pages.h"
 
 namespace {
 
@@ -94,7 +93,7 @@ void copy(const at::Tensor& to, const at::Tensor& from, bool streaming, int thre
 }
 
 // Hands out again what was freed, so that results lie in memory that was used before, for whichever operator
-// allocates them. Large pieces are advised to lie in huge pages.
+// allocates them. Large pieces are advised to lie in huge pages, as the results of ours are.
 class Reusing final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
@@ -131,14 +130,7 @@ class Reusing final : public c10::Allocator {
       }
     }
     void* data = c10::alloc_cpu(bytes);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t kHuge = std::uintptr_t{2} << 20;
-    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHuge * kHuge;
-    // Smaller pieces lie in the C library's heap, with which the advice would stay when they are given back.
-    constexpr std::size_t kOwnMapping = std::size_t{32} << 20;
-    if (bytes >= kOwnMapping && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+    torch_bn::ops::advise_huge_pages(data, bytes);
     return data;
   }
 

@@ -29,16 +29,16 @@ struct Merge {
   }
 };
 
-// The moments of a segment, each an array over the channels; the last two of float64 data only.
-template <typename Element>
-constexpr i64 kMomentArrays = Element::kIsDouble ? kForwardPartials : 2;
-
+// The moments of a segment, each an array over the channels.
 struct Partial {
   double* mean;
   double* m2;
-  double* sum_hi = nullptr;
+  double* sum_hi = nullptr;  // of float64 data only
   double* sum_lo = nullptr;
 };
+
+template <typename Element>
+constexpr i64 kMomentArrays = Element::kIsDouble ? kForwardPartials : 2;
 
 template <typename Element>
 Partial partial_of(const Partials& partials, i64 segment) {

@@ -72,15 +72,14 @@ void for_each_block(Range channels, i64 width, Visit visit) {
   for (i64 c = channels.begin; c < channels.end; c += width) visit(Range{c, min_of(c + width, channels.end)});
 }
 
-// Calls sum(partials, segment, tile) for this thread's share of all segments and tiles.
+// Calls sum(segment, tile) for this thread's share of all segments and tiles.
 template <typename Sum>
-void share_segments(const Team& team, const Partition& partition, const Partials& partials, i64 channels, i64 tile,
-                    Sum sum) {
+void share_segments(const Team& team, const Partition& partition, i64 channels, i64 tile, Sum sum) {
   const i64 tiles = ceil_div(channels, tile);
   const Range tasks = team.share(partition.segments * tiles);
   for (i64 task = tasks.begin; task < tasks.end; ++task) {
     const i64 c = task % tiles * tile;
-    sum(partials, task / tiles, Range{c, min_of(c + tile, channels)});
+    sum(task / tiles, Range{c, min_of(c + tile, channels)});
   }
 }
 
@@ -101,7 +100,7 @@ void run_phases(const Team& team, const Schedule& schedule, const Partition& par
     return;
   }
   if (has_sums) {
-    share_segments(team, partition, partials, channels, schedule.tile, sum);
+    share_segments(team, partition, channels, schedule.tile, [&](i64 s, Range tile) { sum(partials, s, tile); });
     team.barrier();
   }
   finish(partials, own);

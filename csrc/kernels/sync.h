@@ -9,12 +9,11 @@
 namespace torch_bn::kernels {
 namespace {
 
-// Calls sum(partials, segment, tile) for every segment and tile, then finish(channels), on a team.
+// Calls sum(segment, tile) for every segment and tile, then finish(channels), on a team.
 template <typename Sum, typename Finish>
-void sum_on_team(int threads, const Partition& partition, const Partials& partials, i64 channels, i64 widest,
-                 Sum sum, Finish finish) {
+void sum_on_team(int threads, const Partition& partition, i64 channels, i64 widest, Sum sum, Finish finish) {
   run_team(threads, partition.rows * channels, [&](const Team& team) {
-    share_segments(team, partition, partials, channels, tile_for(partition, channels, widest, team.size()), sum);
+    share_segments(team, partition, channels, tile_for(partition, channels, widest, team.size()), sum);
     team.barrier();
     finish(share_of_channels(team, channels));
   });
@@ -23,15 +22,13 @@ void sum_on_team(int threads, const Partition& partition, const Partials& partia
 template <typename Element, Relu kRelu>
 void local_moments(const ForwardArgs& args, double* mean, double* m2) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
-  const Partials all = forward_partials<Element>(args, nullptr);
+  const Partials partials = forward_partials<Element>(args, nullptr);
   sum_on_team(
-      args.threads, partition, all, args.shape.c, widest_tile<Element>(&args.input, 1, args.shape, partition),
-      [&](const Partials& partials, i64 segment, Range tile) {
-        moments_of<Element, kRelu>(args, partition, partials, segment, tile);
-      },
+      args.threads, partition, args.shape.c, widest_tile<Element>(&args.input, 1, args.shape, partition),
+      [&](i64 segment, Range tile) { moments_of<Element, kRelu>(args, partition, partials, segment, tile); },
       [&](Range channels) {
-        merge_segments<Element>(partition, all, channels);
-        const Partial whole = partial_of<Element>(all, 0);
+        merge_segments<Element>(partition, partials, channels);
+        const Partial whole = partial_of<Element>(partials, 0);
         for (i64 c = channels.begin; c < channels.end; ++c) {
           mean[c] = whole.mean[c];
           m2[c] = whole.m2[c];
@@ -85,14 +82,14 @@ void normalise_by_parts(const ForwardArgs& args, const Parts& parts) {
 template <typename Element, typename Param, Relu kRelu>
 void local_gradient_sums(const BackwardArgs& args, double* total, double* dot) {
   const Partition partition(args.shape, sums_run_along_lines(args.shape, args.input));
-  const Partials all = backward_partials(args, nullptr);
+  const Partials partials = backward_partials(args, nullptr);
   sum_on_team(
-      args.threads, partition, all, args.shape.c, widest_tile<Element>(args, partition),
-      [&](const Partials& partials, i64 segment, Range tile) {
+      args.threads, partition, args.shape.c, widest_tile<Element>(args, partition),
+      [&](i64 segment, Range tile) {
         gradient_sums<Element, Param, kRelu>(args, partition, partials, segment, tile);
       },
       [&](Range channels) {
-        merge_gradient_sums(partition, all, channels);
+        merge_gradient_sums(partition, partials, channels);
         for (i64 c = channels.begin; c < channels.end; ++c) {
           total[c] = args.scratch[c];
           dot[c] = args.scratch[args.shape.c + c];

@@ -86,10 +86,10 @@ struct Stored {
   }
 };
 
-// Where a kernel writes what is to end in `values`: there, or some elements behind the start of a cache line, at
-// which streaming stores need it.
 constexpr int kWhereverItLies = -1;
 
+// Where a kernel writes what is to end in `values`: there, or some elements behind the start of a cache line, at
+// which streaming stores need it.
 template <typename T>
 class Target {
  public:
