@@ -112,10 +112,10 @@ void apply_matrix_piece(const Op& op, const Shape& shape, Range rows, Range chan
     return;
   }
   i64 n = rows.begin;
-  // Past the caches, rows of one operand are written one after the other, and of two if the piece is narrow.
-  const bool in_order = kStream
-                            ? sizeof...(views) == 1 || channels.size() * i64{sizeof...(views)} <= kPieceChannels
-                            : channels.size() >= kWideRow;
+  // Past the caches, rows of one operand are written one after the other, and of two if they are whole or narrow.
+  const bool narrow = channels.size() * i64{sizeof...(views)} <= kPieceChannels;
+  const bool in_order =
+      kStream ? sizeof...(views) == 1 || channels.size() == shape.c || narrow : channels.size() >= kWideRow;
   for (; !in_order && n + kRowsAtOnce <= rows.end; n += kRowsAtOnce)
     apply_rows<Element, kRowsAtOnce, kStream>(op, channels, out + n * shape.c, shape.c,
                                               plain_rows<Element>(views, shape, n, 0)...);

@@ -23,6 +23,12 @@ constexpr i64 kWideTile = 1024;
 // processor follows, with so many vectors of sums in registers meanwhile.
 constexpr i64 kRowsOfSums = 4;
 constexpr int kVectorsOfSums = 4;
+// Of two operands that no cache holds, rows that follow one another are summed one at a time, so that each is read
+// as it lies: in cache that costs more, because all sums are read and written with every row. Where a row takes
+// more than half of a page, it is fetched while the one before is summed, and then it pays in the last level, too,
+// unless what a term knows of the channels is read with every row as well.
+constexpr i64 kHalfPage = 512;
+constexpr i64 kInNoCache = i64{32} << 20;
 // Rows to fetch ahead where all sums are in registers; a few rows at a time fetch the next few.
 constexpr i64 kFetchAhead = 16;
 // Bytes of an operand from which on rows are fetched ahead: they lie too far apart for the processor to foresee
@@ -117,18 +123,39 @@ template <typename Element, typename Term, int kVectors, typename Operands>
 template <i64 kValue>
 using Constant = std::integral_constant<i64, kValue>;
 
-// The same for more channels than the registers hold sums of.
-template <typename Element, typename Term, typename Operands>
+// The same for more channels than the registers hold sums of, kRows rows at a time.
+template <typename Element, i64 kRows, int kVectors, typename Term, typename Operands>
 void add_wide_tile(const Operands& all, i64 width, i64 rows, auto ahead, const Term& term, TileSums& sums) {
   Rows<typename Element::Storage> operands[Term::kOperands];
   for (int o = 0; o < Term::kOperands; ++o) operands[o] = all[o];
   i64 r = 0;
-  for (; r + kRowsOfSums <= rows; r += kRowsOfSums) {
-    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, Constant<kRowsOfSums>{}, ahead,
-                                            r + kRowsOfSums == rows, term, sums);
-    for (auto& operand : operands) operand.data += kRowsOfSums * operand.stride;
+  for (; r + kRows <= rows; r += kRows) {
+    add_tile<Element, Term, kVectors>(operands, 0, width, Constant<kRows>{}, ahead, r + kRows == rows, term, sums);
+    for (auto& operand : operands) operand.data += kRows * operand.stride;
   }
-  if (r < rows) add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, rows - r, ahead, true, term, sums);
+  if (kRows > 1 && r < rows)
+    add_tile<Element, Term, kVectors>(operands, 0, width, rows - r, ahead, true, term, sums);
+}
+
+// Chooses how many rows at a time, and what is fetched, by the bytes of an operand.
+template <typename Element, typename Term, typename Operands>
+void add_wide_tile(const Operands& operands, i64 width, i64 rows, i64 bytes, const Term& term, TileSums& sums) {
+  const bool far = bytes >= kFetchFrom<Term::kOperands>;
+  if constexpr (Term::kOperands == 2) {
+    const bool follow = operands[0].stride == width && operands[1].stride == width;
+    const bool long_rows = width > kHalfPage;
+    constexpr bool kKnowsChannels = !std::is_same_v<decltype(term.at(0)), std::nullptr_t>;
+    if (follow && (long_rows && !kKnowsChannels ? far : bytes >= kInNoCache)) {
+      const i64 ahead = long_rows ? 1 : 0;
+      add_wide_tile<Element, 1, kVectorsOfSums>(operands, width, rows, ahead, term, sums);
+      return;
+    }
+  }
+  if (far)
+    add_wide_tile<Element, kRowsOfSums, kVectorsOfSums>(operands, width, rows, Constant<kRowsOfSums>{}, term,
+                                                        sums);
+  else
+    add_wide_tile<Element, kRowsOfSums, kVectorsOfSums>(operands, width, rows, Constant<0>{}, term, sums);
 }
 
 inline bool have_plain_rows(const ArrayView* views, int operands, const Shape& shape) {
@@ -152,7 +179,7 @@ void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range 
   using Storage = typename Element::Storage;
   constexpr bool kChange = !std::is_same_v<Change, std::nullptr_t>;
   Block<Storage> packed[Term::kOperands];
-  const bool far = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(Storage)) >= kFetchFrom<Term::kOperands>;
+  const i64 bytes = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(Storage));
   const bool plain = !kChange && have_plain_rows(views, Term::kOperands, shape);
   const i64 step = plain ? rows.size() : kBlockRows;
   for (i64 begin = rows.begin; begin < rows.end; begin += step) {
@@ -167,13 +194,13 @@ void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range 
       }
     }
     if constexpr (kChange) change(packed, block.size());
-    if (channels.size() > kTileChannels && far)
-      add_wide_tile<Element>(operands, channels.size(), block.size(), Constant<kRowsOfSums>{}, term, sums);
-    else if (channels.size() > kTileChannels)
-      add_wide_tile<Element>(operands, channels.size(), block.size(), Constant<0>{}, term, sums);
-    else
-      add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(),
-                                                    far ? kFetchAhead : 0, /*last=*/true, term, sums);
+    if (channels.size() > kTileChannels) {
+      add_wide_tile<Element>(operands, channels.size(), block.size(), bytes, term, sums);
+    } else {
+      const i64 ahead = bytes >= kFetchFrom<Term::kOperands> ? kFetchAhead : 0;
+      add_tile<Element, Term, Term::kVectorsAtOnce>(operands, 0, channels.size(), block.size(), ahead,
+                                                    /*last=*/true, term, sums);
+    }
   }
 }
 
