@@ -24,11 +24,11 @@ constexpr i64 kWideTile = 1024;
 constexpr i64 kRowsOfSums = 4;
 constexpr int kVectorsOfSums = 4;
 // Of two operands that no cache holds, rows that follow one another are summed one at a time, so that each is read
-// as it lies: in cache that costs more, because all sums are read and written with every row. Where a row takes
-// more than half of a page, it is fetched while the one before is summed, and then it pays in the last level, too,
-// unless what a term knows of the channels is read with every row as well.
-constexpr i64 kHalfPage = 512;
-constexpr i64 kInNoCache = i64{32} << 20;
+// as it lies: in cache that costs more, because all sums are read and written with every row. A long row is
+// fetched while the one before is summed, and then it pays in the last level, too, unless what a term knows of the
+// channels is read with every row as well.
+constexpr i64 kLongRow = 512;              // channels
+constexpr i64 kInNoCache = i64{32} << 20;  // bytes of an operand
 // Rows to fetch ahead where all sums are in registers; a few rows at a time fetch the next few.
 constexpr i64 kFetchAhead = 16;
 // Bytes of an operand from which on rows are fetched ahead: they lie too far apart for the processor to foresee
@@ -124,17 +124,18 @@ template <i64 kValue>
 using Constant = std::integral_constant<i64, kValue>;
 
 // The same for more channels than the registers hold sums of, kRows rows at a time.
-template <typename Element, i64 kRows, int kVectors, typename Term, typename Operands>
+template <typename Element, i64 kRows, typename Term, typename Operands>
 void add_wide_tile(const Operands& all, i64 width, i64 rows, auto ahead, const Term& term, TileSums& sums) {
   Rows<typename Element::Storage> operands[Term::kOperands];
   for (int o = 0; o < Term::kOperands; ++o) operands[o] = all[o];
   i64 r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    add_tile<Element, Term, kVectors>(operands, 0, width, Constant<kRows>{}, ahead, r + kRows == rows, term, sums);
+    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, Constant<kRows>{}, ahead, r + kRows == rows, term,
+                                            sums);
     for (auto& operand : operands) operand.data += kRows * operand.stride;
   }
   if (kRows > 1 && r < rows)
-    add_tile<Element, Term, kVectors>(operands, 0, width, rows - r, ahead, true, term, sums);
+    add_tile<Element, Term, kVectorsOfSums>(operands, 0, width, rows - r, ahead, true, term, sums);
 }
 
 // Chooses how many rows at a time, and what is fetched, by the bytes of an operand.
@@ -143,19 +144,18 @@ void add_wide_tile(const Operands& operands, i64 width, i64 rows, i64 bytes, con
   const bool far = bytes >= kFetchFrom<Term::kOperands>;
   if constexpr (Term::kOperands == 2) {
     const bool follow = operands[0].stride == width && operands[1].stride == width;
-    const bool long_rows = width > kHalfPage;
+    const bool long_rows = width > kLongRow;
     constexpr bool kKnowsChannels = !std::is_same_v<decltype(term.at(0)), std::nullptr_t>;
     if (follow && (long_rows && !kKnowsChannels ? far : bytes >= kInNoCache)) {
       const i64 ahead = long_rows ? 1 : 0;
-      add_wide_tile<Element, 1, kVectorsOfSums>(operands, width, rows, ahead, term, sums);
+      add_wide_tile<Element, 1>(operands, width, rows, ahead, term, sums);
       return;
     }
   }
   if (far)
-    add_wide_tile<Element, kRowsOfSums, kVectorsOfSums>(operands, width, rows, Constant<kRowsOfSums>{}, term,
-                                                        sums);
+    add_wide_tile<Element, kRowsOfSums>(operands, width, rows, Constant<kRowsOfSums>{}, term, sums);
   else
-    add_wide_tile<Element, kRowsOfSums, kVectorsOfSums>(operands, width, rows, Constant<0>{}, term, sums);
+    add_wide_tile<Element, kRowsOfSums>(operands, width, rows, Constant<0>{}, term, sums);
 }
 
 inline bool have_plain_rows(const ArrayView* views, int operands, const Shape& shape) {
