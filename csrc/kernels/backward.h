@@ -2,9 +2,9 @@
 #pragma once
 
 #include "elementwise.h"
+#include "lines.h"
 #include "relu.h"
 #include "schedule.h"
-#include "sums.h"
 
 namespace torch_bn::kernels {
 namespace {
@@ -23,7 +23,8 @@ struct GradientTerm {
   static constexpr int kOperands = 2;
   static constexpr int kVectorsAtOnce = 8;
   static auto at(i64 /*channel*/) { return nullptr; }
-  static auto along() { return nullptr; }
+  static auto along(i64 /*channel*/) { return nullptr; }
+  static float neutral(i64 /*channel*/) { return 0.0F; }
   static void add(std::nullptr_t, const HalfF* x_and_g, Vec& total, Vec& dot) {
     const Vec g = widen(x_and_g[1]);
     total += g;
@@ -36,10 +37,10 @@ struct GradientTerm<Relu::after, Element> {
   static constexpr int kOperands = 2;
   static constexpr int kVectorsAtOnce = 8;  // what normalises is read from memory
   const Coefficients& of;
-  i64 line = 0;  // the channel of the lines
 
   auto at(i64 c) const { return pre_activation<Element, HalfF>(of, c); }
-  auto along() const { return pre_activation_along<Element, HalfF>(of, line); }
+  auto along(i64 c) const { return pre_activation_along<Element, HalfF>(of, c); }
+  static float neutral(i64 /*channel*/) { return 0.0F; }
   static void add(const PreActivation<Element, HalfF>& relu, const HalfF* x_and_g, Vec& total, Vec& dot) {
     const Vec g = widen(relu.passed(x_and_g[1], x_and_g[0]));
     total += g;
@@ -92,11 +93,6 @@ inline void store_sums(const TileSums& sums, Range channels, double* total, doub
     total[c] = sums.first[c - channels.begin];
     dot[c] = sums.second[c - channels.begin];
   }
-}
-
-inline void store_sums(const ChannelSums& sums, i64 c, double* total, double* dot) {
-  total[c] = sums.first;
-  dot[c] = sums.second;
 }
 
 // Sums of float64 data, each in kLanes parts: sums of doubles need more care in double.
@@ -165,16 +161,16 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
     });
     return;
   }
+  TileSums sums(channels.size());
+  sums_by_lines<Element>(
+      views, args.shape, partition, items, channels, GradientTerm<Relu::after, Element>{of},
+      [&](i64 own) { return of.plain[own] == 0; }, sums);
+  store_sums(sums, channels, total, dot);
   for (i64 c = channels.begin; c < channels.end; ++c) {
-    const i64 own = c - channels.begin;
-    if (of.plain[own] != 0) {
-      const GradientTerm<Relu::after, Element> term{of, own};
-      store_sums(sums_by_lines<Element>(views, partition, items, c, term, {}), c, total, dot);
-    } else {
-      TileCoefficients alone;
-      alone.fill<Element, Param>(args, {c, c + 1});
-      sum_rows_of({c, c + 1}, alone.view());
-    }
+    if (of.plain[c - channels.begin] != 0) continue;
+    TileCoefficients alone;
+    alone.fill<Element, Param>(args, {c, c + 1});
+    sum_rows_of({c, c + 1}, alone.view());
   }
 }
 
@@ -198,13 +194,13 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, const P
     return;
   } else if constexpr (kRelu == Relu::after) {
     sums_behind_relu<Element, Param>(args, partition, items, rows, channels, total, dot);
-  } else if (partition.along_lines) {
-    for (i64 c = channels.begin; c < channels.end; ++c)
-      store_sums(sums_by_lines<Element>(views, partition, items, c, GradientTerm<kRelu, Element>{}, {}), c, total,
-                 dot);
   } else {
     TileSums sums(channels.size());
-    sums_by_rows<Element>(views, args.shape, rows, channels, GradientTerm<kRelu, Element>{}, nullptr, sums);
+    const GradientTerm<kRelu, Element> term;
+    if (partition.along_lines)
+      sums_by_lines<Element>(views, args.shape, partition, items, channels, term, sums);
+    else
+      sums_by_rows<Element>(views, args.shape, rows, channels, term, nullptr, sums);
     store_sums(sums, channels, total, dot);
   }
   for (i64 c = channels.begin; c < channels.end; ++c) dot[c] -= args.mean[c] * total[c];

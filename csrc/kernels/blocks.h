@@ -40,7 +40,7 @@ constexpr i64 kBackwardCoefficients = 8;
 // Room, in doubles, for each array of coefficients to start at a cache line.
 constexpr i64 kAlignmentRoom = 104;  // at most twelve arrays
 // Elements below which a second thread costs more than it brings.
-constexpr i64 kSerialBelow = 32768;
+constexpr i64 kSerialBelow = 24576;
 
 constexpr i64 ceil_div(i64 a, i64 b) {
   return (a + b - 1) / b;

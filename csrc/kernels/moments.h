@@ -2,9 +2,9 @@
 #pragma once
 
 #include "exact_sum.h"
+#include "lines.h"
 #include "partials.h"
 #include "relu.h"
-#include "sums.h"
 
 namespace torch_bn::kernels {
 namespace {
@@ -69,7 +69,8 @@ struct ShiftedMoments {
   const double* shift;
 
   Vec at(i64 c) const { return load(shift + c); }
-  Vec along() const { return broadcast<Vec>(*shift); }
+  Vec along(i64 c) const { return broadcast<Vec>(shift[c]); }
+  float neutral(i64 c) const { return static_cast<float>(shift[c]); }
   static void add(Vec shift, const HalfF* x, Vec& s, Vec& q) {
     const Vec d = widen(before_norm<kRelu>(x[0])) - shift;
     s += d;
@@ -82,7 +83,8 @@ struct PlainMoments {
   static constexpr int kOperands = 1;
   static constexpr int kVectorsAtOnce = 8;
   static auto at(i64 /*channel*/) { return nullptr; }
-  static auto along() { return nullptr; }
+  static auto along(i64 /*channel*/) { return nullptr; }
+  static float neutral(i64 /*channel*/) { return 0.0F; }
   static void add(std::nullptr_t, const HalfF* x, Vec& s, Vec& q) {
     const Vec d = widen(before_norm<kRelu>(x[0]));
     s += d;
@@ -116,24 +118,6 @@ auto shift_by(i64 looked_at, const Row& row) {
   return magnitude > farthest * kCloseness ? x_0 : V{};
 }
 
-template <typename Element, Relu kRelu>
-void moments_by_lines(const ArrayView& input, const Partition& partition, Range items, double count,
-                      Range channels, const Partial& partial) {
-  const i64 n = items.begin / partition.pieces;
-  const i64 begin = items.begin % partition.pieces * kPiece;
-  const i64 looked_at = min_of(partition.l - begin, kRowsLookedAt);
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    const double shift = shift_by(looked_at, [&](i64 l) {
-      return before_norm<kRelu>(Element::load(*element_at<Element>(input, n, c, begin + l)));
-    });
-    const auto sums = shift == 0.0
-                          ? sums_by_lines<Element>(&input, partition, items, c, PlainMoments<kRelu>{}, {})
-                          : sums_by_lines<Element>(&input, partition, items, c, ShiftedMoments<kRelu>{&shift},
-                                                   *element_at<Element>(input, n, c, begin));
-    set_moments(partial, c, count, shift, sums.first, sums.second);
-  }
-}
-
 // The shifts of some channels, and zeros to the end of the last vector; returns whether any differs from zero.
 template <typename Element, Relu kRelu>
 bool choose_shifts(const ArrayView& input, const Shape& shape, Range rows, Range channels, double* shift) {
@@ -153,15 +137,37 @@ bool choose_shifts(const ArrayView& input, const Shape& shape, Range rows, Range
   }
   bool any = false;
   for (int i = 0; i < kWidth; ++i) any |= all[i] != 0.0;
+  const i64 first_n = rows.begin / shape.l;
+  const i64 first_l = rows.begin % shape.l;
   for (; c < round_up(width, kWidth); ++c) {
     shift[c] = c >= width ? 0.0 : shift_by(looked_at, [&](i64 r) {
-      const i64 at = rows.begin + r;
-      return before_norm<kRelu>(
-          Element::load(*element_at<Element>(input, at / shape.l, channels.begin + c, at % shape.l)));
+      i64 n = first_n;
+      i64 l = first_l + r;
+      for (; l >= shape.l; l -= shape.l) ++n;
+      return before_norm<kRelu>(Element::load(*element_at<Element>(input, n, channels.begin + c, l)));
     });
     any |= shift[c] != 0.0;
   }
   return any;
+}
+
+// Channel by channel: the values that choose the shift are in a cache when they are summed.
+template <typename Element, Relu kRelu>
+void moments_by_long_lines(const ArrayView& input, const Shape& shape, const Partition& partition, Range items,
+                           double count, Range channels, const Partial& partial) {
+  Lines<Element, 1> lines(&input, shape);
+  const i64 n = items.begin / partition.pieces;
+  const i64 begin = items.begin % partition.pieces * kPiece;
+  const i64 looked_at = min_of(shape.l - begin, kRowsLookedAt);
+  for (i64 c = channels.begin; c < channels.end; ++c) {
+    const double shift = shift_by(looked_at, [&](i64 r) {
+      return before_norm<kRelu>(Element::load(*element_at<Element>(input, n, c, begin + r)));
+    });
+    const auto sums =
+        shift == 0.0 ? sums_by_long_lines<Element>(lines, partition, items, c, PlainMoments<kRelu>{}, 0)
+                     : sums_by_long_lines<Element>(lines, partition, items, c, ShiftedMoments<kRelu>{&shift}, 0);
+    set_moments(partial, c, count, shift, sums.first, sums.second);
+  }
 }
 
 template <typename Element, Relu kRelu>
@@ -170,16 +176,22 @@ void segment_moments(const ArrayView& input, const Shape& shape, const Partition
   const Range items = partition.segment(segment);
   const Range rows = partition.rows_of(items);
   const double count = static_cast<double>(rows.size());
-  if (partition.along_lines) {
-    moments_by_lines<Element, kRelu>(input, partition, items, count, channels, partial);
+  if (partition.along_lines && shape.l >= kShortLine) {
+    moments_by_long_lines<Element, kRelu>(input, shape, partition, items, count, channels, partial);
     return;
   }
   alignas(64) double shift[kWideTile];
   TileSums sums(channels.size());
+  const auto sum = [&](const auto& term) {
+    if (partition.along_lines)
+      sums_by_lines<Element>(&input, shape, partition, items, channels, term, sums);
+    else
+      sums_by_rows<Element>(&input, shape, rows, channels, term, nullptr, sums);
+  };
   if (choose_shifts<Element, kRelu>(input, shape, rows, channels, shift))
-    sums_by_rows<Element>(&input, shape, rows, channels, ShiftedMoments<kRelu>{shift}, nullptr, sums);
+    sum(ShiftedMoments<kRelu>{shift});
   else
-    sums_by_rows<Element>(&input, shape, rows, channels, PlainMoments<kRelu>{}, nullptr, sums);
+    sum(PlainMoments<kRelu>{});
   for (i64 c = 0; c < channels.size(); ++c)
     set_moments(partial, channels.begin + c, count, shift[c], sums.first[c], sums.second[c]);
 }

@@ -1,6 +1,7 @@
 // How a call's work is shared out. It changes the speed, never a bit.
 #pragma once
 
+#include "lines.h"
 #include "partials.h"
 
 namespace torch_bn::kernels {
@@ -14,10 +15,10 @@ constexpr i64 kSharedCache = i64{4} << 20;
 constexpr i64 kBeyondShared = i64{32} << 20;
 // Narrower pieces of rows than this are not worth a trip to memory of their own.
 constexpr i64 kNarrowest = 256;
-// Shares and blocks of channels start at multiples of this many.
-constexpr i64 kGrain = 16;
 // Lines that lie a multiple of this apart fall into few of a cache's sets, and drive each other out.
 constexpr i64 kAliasing = 4096;
+// Shares and blocks of channels start at multiples of this many.
+constexpr i64 kGrain = 16;
 
 // Channels to sum at a time: at most `widest`, and so few that every thread gets tiles.
 inline i64 tile_for(const Partition& partition, i64 channels, i64 widest, int threads) {
@@ -44,9 +45,10 @@ struct Schedule {
     if (partition.along_lines) {
       block = max_of(fitting, 1);
       // A block's lines lie far apart. Two sweeps in the order of memory cost less than that, but for a backward,
-      // which would read two arrays twice, whose block's lines find room.
+      // which would read two arrays twice, whose block's lines are long and find room.
       const bool aliases = shape.c * shape.l * bytes_per_element % kAliasing == 0;
-      by_channels = (threads == 1 || shape.c >= 2 * kGrain * threads) && !(streams && (operands == 1 || aliases));
+      const bool two_sweeps = streams && (operands == 1 || aliases || shape.l < kShortLine);
+      by_channels = (threads == 1 || shape.c >= 2 * kGrain * threads) && !two_sweeps;
     } else {
       const i64 narrowest = min_of(kNarrowest, shape.c);
       block = min_of(fitting / kGrain * kGrain, own);

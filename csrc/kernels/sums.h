@@ -1,22 +1,18 @@
 // Two sums per channel over a segment of rows, in double, in one sweep; the frame of both directions, for data
 // narrower than double. What is summed is a Term, which may know something of each channel: its `at(c)` holds that
-// for a vector of channels (of a tile, counted from its first), its `along()` for lines of one channel.
+// for a vector of channels (of a tile, counted from its first), its `along(c)` for lines of one channel.
 //
-// Every channel's values are added one after the other along the rows; along lines value i of a piece goes to
-// lane i mod kLineLanes, and the lanes are added in a fixed tree at the end.
+// Every channel's values are added one after the other along the rows; lines are summed in lines.h.
 #pragma once
 
 #include <cstddef>
 #include <type_traits>
-#include <utility>
 
 #include "tile.h"
 
 namespace torch_bn::kernels {
 namespace {
 
-constexpr int kLineLanes = 32;
-constexpr int kLineVectors = kLineLanes / kWidth;
 // Channels whose sums, with what a term knows of them, stay in the first-level cache.
 constexpr i64 kWideTile = 1024;
 // More channels than the registers hold sums of are summed a few rows at a time, as many runs of memory as the
@@ -33,7 +29,9 @@ constexpr i64 kInNoCache = i64{32} << 20;  // bytes of an operand
 constexpr i64 kFetchAhead = 16;
 // Bytes of an operand from which on rows are fetched ahead: they lie too far apart for the processor to foresee
 // the next. Smaller operands are in a cache as a rule, where fetching costs up to a tenth of the time, and of two
-// operands the rows drive each other out. What narrower vectors take of a row at a time is foreseen less well.
+// operands the rows drive each other out, unless they are short: then it costs nothing, and pays in a network,
+// where the input of a backward has been left long ago. What narrower vectors take of a row at a time is foreseen
+// less well.
 template <int kOperands>
 constexpr i64 kFetchFrom = i64{kWidth} << (kOperands == 1 ? 18 : 20);
 
@@ -141,7 +139,7 @@ void add_wide_tile(const Operands& all, i64 width, i64 rows, auto ahead, const T
 // Chooses how many rows at a time, and what is fetched, by the bytes of an operand.
 template <typename Element, typename Term, typename Operands>
 void add_wide_tile(const Operands& operands, i64 width, i64 rows, i64 bytes, const Term& term, TileSums& sums) {
-  const bool far = bytes >= kFetchFrom<Term::kOperands>;
+  bool far = bytes >= kFetchFrom<Term::kOperands>;
   if constexpr (Term::kOperands == 2) {
     const bool follow = operands[0].stride == width && operands[1].stride == width;
     const bool long_rows = width > kLongRow;
@@ -151,6 +149,7 @@ void add_wide_tile(const Operands& operands, i64 width, i64 rows, i64 bytes, con
       add_wide_tile<Element, 1>(operands, width, rows, ahead, term, sums);
       return;
     }
+    far = far || (operands[0].stride <= kLongRow && operands[1].stride <= kLongRow);
   }
   if (far)
     add_wide_tile<Element, kRowsOfSums>(operands, width, rows, Constant<kRowsOfSums>{}, term, sums);
@@ -162,13 +161,6 @@ inline bool have_plain_rows(const ArrayView* views, int operands, const Shape& s
   bool plain = true;
   for (int o = 0; o < operands; ++o) plain &= has_plain_rows(views[o], shape);
   return plain;
-}
-
-// How many channels may be summed at a time.
-template <typename Element>
-i64 widest_tile(const ArrayView* views, int operands, const Shape& shape, const Partition& partition) {
-  const bool wide = !Element::kIsDouble && !partition.along_lines && have_plain_rows(views, operands, shape);
-  return wide ? kWideTile : kTileChannels;
 }
 
 // At most kTileChannels channels, or kWideTile where rows are plain. Rows that do not lie side by side are packed,
@@ -202,102 +194,6 @@ void sums_by_rows(const ArrayView* views, const Shape& shape, Range rows, Range 
                                                     /*last=*/true, term, sums);
     }
   }
-}
-
-// Adds the halves of the lanes, of their sums, ... Vectors first: of an array the compiler makes a loop.
-inline double sum_of_lanes(const Vec* lanes) {
-  using Four = double __attribute__((vector_size(4 * sizeof(double))));
-  using Two = double __attribute__((vector_size(2 * sizeof(double))));
-  Vec sum[kLineVectors];
-  for (int k = 0; k < kLineVectors; ++k) sum[k] = lanes[k];
-  for (int count = kLineVectors / 2; count > 0; count /= 2)
-    for (int k = 0; k < count; ++k) sum[k] += sum[k + count];
-  double last[8];
-  store(last, sum[0]);
-  if constexpr (kWidth == 8) store(last, load_as<Four>(last) + load_as<Four>(last + 4));
-  if constexpr (kWidth >= 4) store(last, load_as<Two>(last) + load_as<Two>(last + 2));
-  return last[0] + last[1];
-}
-
-// Both sums of a channel along lines, lane by lane. The members are inlined for the lanes to stay in registers.
-template <typename Element, typename Term>
-class LineSums {
-  using Storage = typename Element::Storage;
-
- public:
-  // `neutral` is a value of the first operand whose term, with zero in the other operands, is zero.
-  LineSums(const Term& term, Storage neutral) : along_(term.along()), neutral_(neutral) {
-    for (int k = 0; k < kLineVectors; ++k) first_[k] = second_[k] = Vec{};
-  }
-
-  // Adds a piece of a line.
-  [[gnu::always_inline]] void add(const Storage* const* from, i64 length) {
-    i64 i = 0;
-    for (; i + kLineLanes <= length; i += kLineLanes) add_lanes(from, i);
-    if (i == length) return;
-    Storage rest[Term::kOperands][kLineLanes];
-    const Storage* at[Term::kOperands];
-    for (int o = 0; o < Term::kOperands; ++o) {
-      for (i64 j = 0; j < kLineLanes; ++j)
-        rest[o][j] = i + j < length ? from[o][i + j] : o == 0 ? neutral_ : Storage{};
-      at[o] = rest[o];
-    }
-    add_lanes(at, 0);
-  }
-
-  double first() const { return sum_of_lanes(first_); }
-  double second() const { return sum_of_lanes(second_); }
-
- private:
-  [[gnu::always_inline]] void add_lanes(const Storage* const* from, i64 i) {
-#pragma GCC unroll 16
-    for (int k = 0; k < kLineVectors; ++k) {
-      HalfF value[Term::kOperands];
-      for (int o = 0; o < Term::kOperands; ++o) value[o] = Element::load_half(from[o] + i + k * kWidth);
-      Term::add(along_, value, first_[k], second_[k]);
-    }
-  }
-
-  decltype(std::declval<const Term&>().along()) along_;
-  Storage neutral_;
-  Vec first_[kLineVectors];
-  Vec second_[kLineVectors];
-};
-
-struct ChannelSums {
-  double first;
-  double second;
-};
-
-template <typename Element, typename Term>
-ChannelSums sums_by_lines(const ArrayView* views, const Partition& partition, Range items, i64 channel,
-                          const Term& term, typename Element::Storage neutral) {
-  using Storage = typename Element::Storage;
-  alignas(64) Storage packed[Term::kOperands][kPiece];
-  LineSums<Element, Term> sums(term, neutral);
-  i64 n = items.begin / partition.pieces;
-  i64 piece = items.begin % partition.pieces;
-  for (i64 item = items.begin; item < items.end; ++item) {
-    const i64 begin = piece * kPiece;
-    const i64 length = min_of(partition.l - begin, kPiece);
-    const Storage* from[Term::kOperands];
-    for (int o = 0; o < Term::kOperands; ++o) {
-      from[o] = element_at<Element>(views[o], n, channel, begin);
-      if (views[o].stride_l == 1) {
-        // The next lines of the same channel lie far away.
-        if (partition.l < 512) fetch(from[o] + 4 * views[o].stride_n, length);
-      } else {
-        for (i64 i = 0; i < length; ++i) packed[o][i] = from[o][i * views[o].stride_l];
-        from[o] = packed[o];
-      }
-    }
-    sums.add(from, length);
-    if (++piece == partition.pieces) {
-      piece = 0;
-      ++n;
-    }
-  }
-  return {sums.first(), sums.second()};
 }
 
 }  // namespace

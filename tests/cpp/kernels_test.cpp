@@ -204,8 +204,8 @@ TEST_P(Kernels, AChannelHasTheSameBitsAloneAndBesideOthers) {
 // without a shift, and loses most.
 TEST_P(Kernels, FirstRowsThatHideTheMeanCostFewDigits) {
   // Of 53 bits log2(1026 * 128) = 17 may cancel, and 128 roundings take six more: 2^-30 of the variance is left,
-  // half of that of invstd. Along lines, in segments of 1024 and lanes of 32, it is 20 and five more. Data whose
-  // first rows are alike would lose 27 bits by the cancelling alone.
+  // half of that of invstd. Along short lines, in segments of 1024 and lanes of 16, it is 20 and five more. Data
+  // whose first rows are alike would lose 27 bits by the cancelling alone.
   struct Case {
     Shape shape;
     int64_t lines_of_a_segment;
@@ -229,7 +229,7 @@ TEST_P(Kernels, DataFarFromZeroKeepTheirDigits) {
     const auto got = problem.run(table());
     const auto want = reference(shape, problem.x, problem.weight, problem.bias, problem.g, problem.eps);
     // About one of the data seven of 53 bits may cancel in a segment of 128, ten in one of 1024 along lines, where
-    // lanes of 32 round less often; a sum about zero would lose 40.
+    // lanes of 16 round less often; a sum about zero would lose 40.
     EXPECT_LE(error(got.invstd, want.invstd), 1e-14) << shape.l;
   }
 }

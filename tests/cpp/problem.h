@@ -15,11 +15,13 @@ namespace torch_bn::testing {
 using namespace torch_bn::kernels;
 
 // Shapes around every edge of the partition: one row short of and beyond a block, a lane, a tile, a segment, and
-// some channels and rows beyond what is summed at a time; the last can be written past the caches.
+// some channels and rows beyond what is summed at a time; the last matrix can be written past the caches. Lines
+// short and long, that fill their lanes and that do not.
 inline const Shape kShapes[] = {{2, 1, 1},    {3, 7, 1},     {64, 100, 1}, {127, 33, 1},   {128, 32, 1},
                                 {129, 31, 1}, {257, 5, 1},   {8191, 3, 1}, {8193, 9, 1},   {20001, 17, 1},
                                 {4, 5, 6},    {1, 3, 2},     {3, 33, 50},  {2, 40, 129},   {130, 2, 64},
-                                {1, 1, 9000}, {300, 300, 1}, {7, 64, 128}, {131, 1030, 1}, {130, 1040, 1}};
+                                {1, 1, 9000}, {300, 300, 1}, {7, 64, 128}, {131, 1030, 1}, {130, 1040, 1},
+                                {3, 300, 37}, {5, 9, 700}};
 
 // The two 16-bit types as their bits.
 struct BFloat16Bits {
