@@ -26,8 +26,11 @@ SMALL: tuple[Shape, ...] = ((64, 100), (64, 300))
 CROWD: Shape = (1024, 1024)  # called by too many threads, or by several callers
 MLPS = ((784, 300, 100, 10), (784, 1024, 1024, 1024, 10))
 
-# The peer of calls without work.
+# The peers of calls without work, and with the least that a batch norm could do, by the name of
+# their share.
 PASSING = "passing Function"
+ONE_PASS = "one-pass Function"
+FLOORS = {"share of calls": PASSING, "share of one pass": ONE_PASS}
 
 # The layers that follow a dense layer, from the number of its outputs, by the network's name.
 Make = Callable[[int], Sequence[torch.nn.Module]]
@@ -123,21 +126,28 @@ def mlp(plan: Plan, result: Result) -> None:
     shares(plan, result, "mlp", "step", between)
 
 
-def _passing(part: str, result: Result, without: Make) -> Between:
-    """What `without` makes and a function that hands on its input: what calls alone add."""
+def _floors(part: str, result: Result, without: Make) -> Between:
+    """What `without` makes and a function that hands on its input, or copies it."""
     native = floor()
     if isinstance(native, str):
-        result.miss(part, PASSING, native)
+        for name in FLOORS.values():
+            result.miss(part, name, native)
         return {}
-    function = native.passing_function
-    return {PASSING: lambda c: (*without(c), Floor(function, c))}
+
+    def followed_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Make:
+        return lambda c: (*without(c), Floor(function, c))
+
+    return {
+        PASSING: followed_by(native.passing_function),
+        ONE_PASS: followed_by(native.one_pass_function),
+    }
 
 
 def shares(
     plan: Plan, result: Result, part: str, what: str, between: Between, own: str = "ours"
 ) -> None:
     """What the layers of `own` add to the step of a network, over what the builtin's add."""
-    between = {**between, **_passing(part, result, between["without"])}
+    between = {**between, **_floors(part, result, between["without"])}
     for threads in plan.threads:
         with threads_set(threads):
             for sizes in MLPS:
@@ -152,9 +162,9 @@ def shares(
                     times = interleave(calls, plan.budget)
                     ratios = {f"builtin/{own}": Ratio.of(times["builtin"], times[own], None)}
                     share = share_of(times, own)
-                    least = share_of(times, PASSING) if PASSING in times else None
-                    if least:
-                        ratios = {"share of calls": replace(least, better=None), **ratios}
+                    for least, peer in reversed(FLOORS.items()):
+                        if peer in times and (found := share_of(times, peer)):
+                            ratios = {least: replace(found, better=None), **ratios}
                     if share:
                         ratios = {"share": share, **ratios}
                     else:

@@ -313,12 +313,14 @@ _CAPTIONS = {
         "with batch norm after each ReLU. A step is zero_grad, forward, cross entropy and "
         "backward, without an optimiser; the networks share their dense layers. share of calls: "
         "the same of a torch::autograd::Function of three inputs that hands on the first and "
-        "allocates its parameters' gradients (passing Function)."
+        "allocates its parameters' gradients (passing Function). share of one pass: of one that "
+        "copies the first, and in the backward writes over the gradient what it reads of that and "
+        "of its input (one-pass Function); a batch norm reads its operands twice."
     ),
     "fused-mlp": (
         "share: (step with the fused layers - step without batch norm and ReLU) / (step with the "
         "builtin pair - step without), with the layer or the pair between the dense layers. share "
-        "of calls: the same of the passing Function."
+        "of calls and of one pass: the same of the passing and the one-pass Function."
     ),
     "bf16": (
         "The layer step with input in bfloat16 and parameters in float32, and the step of as many "

@@ -1,4 +1,5 @@
 // What nothing can beat: a copy of the same bytes, and calls that allocate the same results and compute nothing.
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
@@ -26,6 +27,8 @@
 namespace {
 
 constexpr std::int64_t kLine = 64;
+// Elements that one thread takes at least.
+constexpr std::int64_t kGrain = 32768;
 
 #if defined(__x86_64__)
 // AVX2 by attribute, so that the file is compiled for any x86-64 and asks the processor at run time.
@@ -211,6 +214,42 @@ at::Tensor passing_function(const at::Tensor& input, const at::Tensor& weight, c
   return Passing::apply(input, weight, bias);
 }
 
+// The same with one pass over memory in each direction, where a batch norm needs two: a copy of the input, and a
+// gradient written over grad_output from that and the input. For contiguous float32 arrays.
+class OnePass : public torch::autograd::Function<OnePass> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
+                            const at::Tensor& weight, const at::Tensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor output = at::empty(input.sizes(), input.options());
+    at::Tensor stats = at::empty({2, input.size(1)}, input.options().dtype(at::kDouble));
+    const float* from = input.const_data_ptr<float>();
+    float* to = output.mutable_data_ptr<float>();
+    at::parallel_for(0, input.numel(), kGrain, [&](std::int64_t begin, std::int64_t end) {
+      std::memcpy(to + begin, from + begin, static_cast<std::size_t>(end - begin) * sizeof(float));
+    });
+    context->save_for_backward({input, weight, bias, stats});
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const float* from = saved[0].const_data_ptr<float>();
+    const at::Tensor result = gradients[0].contiguous();
+    float* gradient = result.mutable_data_ptr<float>();
+    at::parallel_for(0, saved[0].numel(), kGrain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) gradient[i] -= 1e-6F * from[i];
+    });
+    return {result, at::empty(saved[1].sizes(), saved[1].options()),
+            at::empty(saved[2].sizes(), saved[2].options())};
+  }
+};
+
+at::Tensor one_pass_function(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
+  return OnePass::apply(input, weight, bias);
+}
+
 // The public operator, called by each thread of a parallel region of ours, as a caller with threads of its own
 // does.
 void inside_a_region(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, int threads) {
@@ -240,5 +279,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("allocate_forward", &allocate_forward);
   m.def("empty_function", &empty_function);
   m.def("passing_function", &passing_function);
+  m.def("one_pass_function", &one_pass_function);
   m.def("inside_a_region", &inside_a_region, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
