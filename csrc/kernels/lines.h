@@ -129,11 +129,8 @@ class Lines {
   using Storage = typename Element::Storage;
 
  public:
-  Lines(const ArrayView* views, const Shape& shape) : views_(views) {
+  Lines(const ArrayView* views, const Shape& shape) : views_(views), fetches_(shape.l < kShortLine) {
     for (int o = 0; o < kOperands; ++o) end_[o] = end_of<Element>(views[o], shape);
-    // Of two operands that no cache holds the processor foresees more when left alone.
-    const i64 bytes = shape.n * shape.c * shape.l * static_cast<i64>(sizeof(Storage));
-    fetches_ = shape.l < kShortLine && (kOperands == 1 || bytes < kInNoCache);
   }
 
   // Adds `length` values of the line (n, c, :) from `begin` on; the term counts channels from its own first.
@@ -159,8 +156,8 @@ class Lines {
 
  private:
   const ArrayView* views_;
-  const Storage* end_[kOperands];
   bool fetches_;
+  const Storage* end_[kOperands];
   alignas(64) Storage packed_[kOperands][kPiece];
 };
 

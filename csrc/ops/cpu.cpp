@@ -15,9 +15,10 @@ OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::op
                                           std::optional<double> momentum, double eps, int64_t relu) {
   check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const auto& table = active_kernels();
+  // The result first: working memory would be cut out of the place that it is to have.
+  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   ForwardCall call(input, weight, bias, running_mean, running_var, training, eps, relu);
   auto& args = call.args;
-  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   at::Tensor stats = empty_result({2, args.shape.c}, at::kDouble);
   args.output = output.mutable_data_ptr();
   args.mean = stats.mutable_data_ptr<double>();
@@ -38,11 +39,11 @@ Gradients batch_norm_backward_at_once(at::Tensor grad_input, const at::Tensor& g
                                       const std::optional<at::Tensor>& bias, int64_t relu) {
   check_backward(grad_output, input, weight, stats, bias, relu);
   const auto& table = active_kernels();
+  if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.scalar_type());
   BackwardCall call(grad_output, input, weight, bias, stats, training, relu);
   auto& args = call.args;
   at::Tensor grad_weight;
   at::Tensor grad_bias;
-  if (output_mask[0] && !grad_input.defined()) grad_input = empty_result(input.sizes(), input.scalar_type());
   if (output_mask[1]) grad_weight = empty_result({args.shape.c}, call.param_dtype);
   if (output_mask[2]) grad_bias = empty_result({args.shape.c}, call.param_dtype);
   if (input.numel() == 0) {

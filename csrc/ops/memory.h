@@ -6,7 +6,8 @@
 namespace torch_bn::ops {
 
 // An uninitialised contiguous tensor, of at::empty's CPU kernel: below autograd the dispatcher has nothing to add
-// but its time, which a small layer feels. A large one is asked for in huge pages: its first touch costs one page
+// but its time, which a small layer feels. Where a tensor of the same size has just been freed, its place is
+// taken, whose lines are in a cache. A large result is asked for in huge pages: its first touch costs one page
 // fault for 2 MiB and not 512, which together take longer than the arithmetic.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 

@@ -264,20 +264,6 @@ TEST_P(Kernels, BitsDoNotDependOnThreadsStridesOrInstructionSet) {
     }
 }
 
-// Rows of two operands that follow one another are summed one at a time where no cache holds them, rows with room
-// between them never are.
-TEST_P(Kernels, BitsDoNotDependOnHowManyRowsAreSummedAtATime) {
-  for (const Shape& shape : {Shape{16400, 523, 1}, Shape{33000, 261, 1}}) {
-    Problem<float> problem(shape, 3.0, 2.0);
-    ASSERT_GE(elements(shape) * sizeof(float), std::size_t{32} << 20);
-    for (const Relu relu : {Relu::none, Relu::after}) {
-      problem.relu = relu;
-      SCOPED_TRACE(::testing::Message() << shape.n << "x" << shape.c << " relu " << static_cast<int>(relu));
-      EXPECT_TRUE(problem.run(table(), 2).same(problem.run(table(), 2, Layout::padded_rows)));
-    }
-  }
-}
-
 TEST_P(Kernels, OnlyTheAskedForGradientsAreWritten) {
   const Shape shape{50, 6, 1};
   Problem<float> problem(shape, 0, 1);
