@@ -13,7 +13,7 @@ namespace {
 
 #ifdef __GLIBC__
 // Smaller results lie in a cache wherever they are; larger ones get memory of their own from the system.
-constexpr std::size_t kRecycledFrom = std::size_t{16} << 10;
+constexpr std::size_t kRecycledFrom = std::size_t{64} << 10;
 constexpr std::size_t kRecycledBelow = std::size_t{32} << 20;
 
 // Memory of exactly `bytes` if the C library has it where torch would put a tensor, or null. torch asks for an
