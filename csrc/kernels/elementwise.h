@@ -21,7 +21,7 @@ constexpr i64 kWideRow = 768;
 constexpr i64 kPieceChannels = 1024;
 // Elements of a piece: so many that the processor foresees its memory, though the pieces go backwards.
 constexpr i64 kPieceElements = 262144;
-// Elements to fetch ahead of rows that bypass the caches, several at once; into the second-level cache.
+// Elements to fetch ahead of rows that bypass the caches, several at once.
 constexpr i64 kElementsAhead = 256;
 // The same of rows one after the other: the processor does not foresee the next page.
 constexpr i64 kPageAhead = 1024;
@@ -84,8 +84,7 @@ void apply_rows(const Op& op, Range channels, typename Element::Storage* to, i64
   const auto vectors_at = [&](i64 c) {
     const auto f = real.template at<Vector>(c);
     for (int i = 0; i < kRows; ++i) {
-      if constexpr (kStream && kAhead > 0)
-        (__builtin_prefetch(source.data + i * source.stride + c + kAhead, /*write=*/0, /*locality=*/2), ...);
+      if constexpr (kStream && kAhead > 0) (fetch_line(source.data + i * source.stride + c + kAhead), ...);
       put<Element, kStream>(to + i * stride + c, f(Element::load_vector(source.data + i * source.stride + c)...));
     }
   };

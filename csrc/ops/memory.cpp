@@ -4,6 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <cstdint>
 #include <cstdlib>
 
 #include "huge_pages.h"
@@ -12,16 +13,15 @@ namespace torch_bn::ops {
 namespace {
 
 #ifdef __GLIBC__
-// Smaller results lie in a cache wherever they are; larger ones get memory of their own from the system.
+// Smaller results lie in a cache wherever they are.
 constexpr std::size_t kRecycledFrom = std::size_t{64} << 10;
-constexpr std::size_t kRecycledBelow = std::size_t{32} << 20;
 
 // Memory of exactly `bytes` if the C library has it where torch would put a tensor, or null. torch asks for an
 // aligned address, and the library then looks for 96 bytes more, to move the beginning: the place of a tensor of
 // the same size never fits. Asked for the bytes alone it gives the one that was freed last. That is often what the
 // layer before has read (the input of a ReLU in a Sequential), still in a cache.
 void* recycled(std::size_t bytes) {
-  if (bytes < kRecycledFrom || bytes >= kRecycledBelow) return nullptr;
+  if (bytes < kRecycledFrom || bytes >= kMappedFrom) return nullptr;
   if (c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator()) return nullptr;
   void* data = std::malloc(bytes);
   if (reinterpret_cast<std::uintptr_t>(data) % c10::c10_compute_alignment(bytes) == 0) return data;

@@ -79,10 +79,10 @@ OutputAndStats normalise_cpu(const at::Tensor& input, const at::Tensor& parts,
   const double rows = check_parts(input, kept_parts, layer);
   check_more_than_one_row(input, kept_parts, rows);
   const auto& kernels = sync_kernels();
+  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   ForwardCall call(input, weight, bias, running_mean, running_var, /*training=*/true, eps, relu);
   auto& args = call.args;
   const int64_t channels = args.shape.c;
-  at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   at::Tensor stats = at::zeros({2 * channels + 1}, input.options().dtype(at::kDouble));
   args.output = output.mutable_data_ptr();
   args.mean = stats.mutable_data_ptr<double>();
