@@ -22,7 +22,7 @@ import torch, torch_bn
 size = (256, 1024)
 layer, x = torch_bn.BatchNorm1d(1024), torch.ones(size)
 held = [torch.ones(size) for _ in range(12)]
-for _ in range(4):
+for _ in range(8):
     for i in (1, 3, 5, 7, 9):
         place, held[i] = held[i].data_ptr(), None
         held[i] = layer(x)
@@ -30,9 +30,15 @@ for _ in range(4):
 """
 
 
+# Without its cache of small pieces the library joins what it cut off before a tensor to its place.
 @needs_glibc
-def test_a_result_takes_the_place_of_a_tensor_freed_just_before() -> None:
-    heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 26), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+@pytest.mark.parametrize("tunables", ["", "glibc.malloc.tcache_count=0"], ids=["plain", "joined"])
+def test_a_result_takes_the_place_of_a_tensor_freed_just_before(tunables: str) -> None:
+    heap = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 26),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "GLIBC_TUNABLES": tunables,
+    }
     ended = subprocess.run(
         [sys.executable, "-c", _PLACES],
         env={**os.environ, **heap, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -40,8 +46,10 @@ def test_a_result_takes_the_place_of_a_tensor_freed_just_before() -> None:
         text=True,
         check=True,
     )
-    # Small requests of the first calls may be cut out of a place, later ones out of the rest.
-    assert ended.stdout.split()[10:] == ["True"] * 10
+    # What else the process asks for may be cut out of a place, so not all of the 40: 35 or more
+    # were seen to be taken, and none without looking for them. Where nothing is done about what
+    # was joined, it was 14 or fewer in 19 of 25 processes.
+    assert ended.stdout.split().count("True") >= 20
 
 
 def test_results_are_aligned_as_those_of_torch() -> None:
