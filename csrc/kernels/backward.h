@@ -59,19 +59,17 @@ struct TileCoefficients {
   template <typename Element, typename Param>
   void fill(const BackwardArgs& args, Range channels) {
     const Coefficients of = view();
-    const i64 count = channels.size();
-    read_channels<Param>(args.weight, channels, 1.0, of.scale, channels.begin);
-    read_channels<Param>(args.bias, channels, 0.0, of.bias, channels.begin);
-#pragma omp simd
-    for (i64 i = 0; i < count; ++i) {
-      of.mean[i] = args.mean[channels.begin + i];
-      of.scale[i] *= args.invstd[channels.begin + i];
-      of.narrow<Element>(i);
-    }
+    for_channels(channels, [&]<typename V>(i64 c) {
+      const i64 own = c - channels.begin;
+      const V mean = load_as<V>(args.mean + c);
+      store(of.mean + own, mean);
+      const V scale = read_channels<Param, V>(args.weight, c, 1.0) * load_as<V>(args.invstd + c);
+      of.set<Element>(own, mean, scale, read_channels<Param, V>(args.bias, c, 0.0));
+    });
     // Vectors may reach beyond the last channel.
-    for (i64 i = count; i < round_up(count, kWidth); ++i) {
-      of.mean[i] = of.scale[i] = of.bias[i] = 0.0;
-      of.narrow<Element>(i);
+    for (i64 own = channels.size(); own < round_up(channels.size(), kWidth); ++own) {
+      of.mean[own] = 0.0;
+      of.set<Element>(own, 0.0, 0.0, 0.0);
     }
   }
 };
@@ -88,11 +86,14 @@ void mask(const Coefficients& of, i64 rows, i64 width, const Block<Storage>& inp
   }
 }
 
-inline void store_sums(const TileSums& sums, Range channels, double* total, double* dot) {
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    total[c] = sums.first[c - channels.begin];
-    dot[c] = sums.second[c - channels.begin];
-  }
+// The sums of a tile of channels to their places. `mean` is what the products were not centred by, or null.
+inline void store_sums(const TileSums& sums, Range channels, const double* mean, double* total, double* dot) {
+  for_channels(channels, [=, &sums]<typename V>(i64 c) {
+    const V first = load_as<V>(&sums.first[c - channels.begin]);
+    const V second = load_as<V>(&sums.second[c - channels.begin]);
+    store(total + c, first);
+    store(dot + c, mean == nullptr ? second : second - load_as<V>(mean + c) * first);
+  });
 }
 
 // Sums of float64 data, each in kLanes parts: sums of doubles need more care in double.
@@ -121,7 +122,7 @@ void segment_sums_of_doubles(const BackwardArgs& args, Range rows, Range channel
                              }));
     }
   }
-  store_sums(sums, channels, total, dot);
+  store_sums(sums, channels, nullptr, total, dot);
 }
 
 // Sums by rows behind a ReLU whose mask takes double in some of the channels. A channel's sums are those of any
@@ -147,7 +148,7 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
       sums_by_rows<Element>(views, args.shape, rows, some, GradientTerm<Relu::after, Element>{of}, nullptr, sums);
     else
       masked_sums_by_rows<Element>(views, args.shape, rows, some, of, sums);
-    store_sums(sums, some, total, dot);
+    store_sums(sums, some, args.mean, total, dot);
   };
   TileCoefficients coefficients;
   const Coefficients of = coefficients.view();
@@ -165,7 +166,7 @@ void sums_behind_relu(const BackwardArgs& args, const Partition& partition, Rang
   sums_by_lines<Element>(
       views, args.shape, partition, items, channels, GradientTerm<Relu::after, Element>{of},
       [&](i64 own) { return of.plain[own] == 0; }, sums);
-  store_sums(sums, channels, total, dot);
+  store_sums(sums, channels, args.mean, total, dot);
   for (i64 c = channels.begin; c < channels.end; ++c) {
     if (of.plain[c - channels.begin] != 0) continue;
     TileCoefficients alone;
@@ -191,7 +192,6 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, const P
   const ArrayView views[] = {args.input, args.grad_output};
   if constexpr (Element::kIsDouble) {
     segment_sums_of_doubles<Param, kRelu>(args, rows, channels, total, dot);
-    return;
   } else if constexpr (kRelu == Relu::after) {
     sums_behind_relu<Element, Param>(args, partition, items, rows, channels, total, dot);
   } else {
@@ -201,9 +201,8 @@ void gradient_sums(const BackwardArgs& args, const Partition& partition, const P
       sums_by_lines<Element>(views, args.shape, partition, items, channels, term, sums);
     else
       sums_by_rows<Element>(views, args.shape, rows, channels, term, nullptr, sums);
-    store_sums(sums, channels, total, dot);
+    store_sums(sums, channels, args.mean, total, dot);
   }
-  for (i64 c = channels.begin; c < channels.end; ++c) dot[c] -= args.mean[c] * total[c];
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -325,45 +324,45 @@ inline void merge_gradient_sums(const Partition& partition, const Partials& part
 template <typename Element, typename Param, Relu kRelu>
 void finish_gradients(const BackwardArgs& args, const Partition& partition, const Partials& partials,
                       BackwardScratch scratch, bool has_sums, Range channels) {
+  using Storage = typename Param::Storage;
   const double rows = static_cast<double>(partition.rows);
-  const double* mean = args.mean;
-  const double* invstd = args.invstd;
-  const bool training = args.training;
   const Coefficients of = scratch.of;
-  read_channels<Param>(args.weight, channels, 1.0, of.scale);
-  read_channels<Param>(kRelu == Relu::after ? args.bias : ChannelView{}, channels, 0.0, of.bias);
-  if (has_sums) {
-    merge_gradient_sums(partition, partials, channels);
-    const double* total = partials.array(0, 0);
-    const double* dot = partials.array(0, 1);
-#pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) {
-      scratch.shift[c] = total[c] / rows;
-      scratch.slope[c] = dot[c] * invstd[c] * invstd[c] / rows;
+  const double* total = partials.array(0, 0);
+  const double* dot = partials.array(0, 1);
+  auto* grad_weight = static_cast<Storage*>(args.grad_weight);
+  auto* grad_bias = static_cast<Storage*>(args.grad_bias);
+  if (has_sums) merge_gradient_sums(partition, partials, channels);
+  for_channels(channels, [=, weight = args.weight, of_bias = args.bias, of_mean = args.mean,
+                          of_invstd = args.invstd, training = args.training]<typename V>(i64 c) {
+    const V mean = load_as<V>(of_mean + c);
+    const V invstd = load_as<V>(of_invstd + c);
+    const V scale = read_channels<Param, V>(weight, c, 1.0) * invstd;
+    V shift = V{};
+    V slope = V{};
+    if (has_sums) {
+      const V grad_of_bias = load_as<V>(total + c);
+      const V grad_of_weight = load_as<V>(dot + c) * invstd;
+      shift = grad_of_bias / rows;
+      slope = grad_of_weight * invstd / rows;
+      if (grad_weight != nullptr) store_channels<Param>(grad_weight + c, grad_of_weight);
+      if (grad_bias != nullptr) store_channels<Param>(grad_bias + c, grad_of_bias);
     }
-    if (void* grad_weight = args.grad_weight; grad_weight != nullptr) {
-#pragma omp simd
-      for (i64 c = channels.begin; c < channels.end; ++c) write_channel<Param>(grad_weight, c, dot[c] * invstd[c]);
+    const V narrow_shift = shift - (mean - of.set_narrow(c, mean, scale)) * slope;
+    store_channels<Float32>(scratch.narrow_slope + c, slope);
+    store_channels<Float32>(scratch.narrow_shift + c, narrow_shift);
+    auto is_plain = plain_factor(scale);
+    V bias = V{};
+    if constexpr (kRelu == Relu::after) {
+      bias = read_channels<Param, V>(of_bias, c, 0.0);
+      is_plain &= of.set<Element>(c, mean, scale, bias);
     }
-    if (void* grad_bias = args.grad_bias; grad_bias != nullptr) {
-#pragma omp simd
-      for (i64 c = channels.begin; c < channels.end; ++c) write_channel<Param>(grad_bias, c, total[c]);
-    }
-  } else {
-    for (i64 c = channels.begin; c < channels.end; ++c) scratch.shift[c] = scratch.slope[c] = 0.0;
-  }
-#pragma omp simd
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    of.scale[c] *= invstd[c];
-    of.narrow<Element>(c);
-    const double slope = scratch.slope[c];
-    const double shift = scratch.shift[c] - (mean[c] - static_cast<double>(of.high[c])) * slope;
-    scratch.narrow_slope[c] = static_cast<float>(slope);
-    scratch.narrow_shift[c] = static_cast<float>(shift);
-    const bool plain = plain_factor(of.scale[c]) && (kRelu != Relu::after || of.plain[c] != 0) &&
-                       (!training || (plain_term(mean[c]) && plain_factor(slope) && plain_term(shift)));
-    scratch.plain[c] = Element::kIsDouble || plain ? 1 : 0;
-  }
+    if (training) is_plain &= plain_term(mean) & plain_factor(slope) & plain_term(narrow_shift);
+    if constexpr (Element::kIsDouble) is_plain |= ~is_plain;
+    if (store_flags(scratch.plain + c, is_plain) && !Element::kIsDouble) return;
+    store(scratch.slope + c, slope);
+    store(scratch.shift + c, shift);
+    of.set_wide(c, scale, bias);
+  });
 }
 
 // grad_input over some units and channels.

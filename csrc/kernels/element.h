@@ -62,6 +62,7 @@ struct Float32 {
   static void store_vector(Storage* to, VecF v) { kernels::store(to, v); }
   static void stream_vector(Storage* to, VecF v) { kernels::stream(to, v); }
   static HalfF load_half(const Storage* from) { return load_as<HalfF>(from); }
+  static void store_half(Storage* to, HalfF v) { kernels::store(to, v); }
 };
 
 struct Float64 {
@@ -95,6 +96,7 @@ struct Reduced {
   static HalfF load_half(const Storage* from) {
     return Bits::template to_float<Half>(load_as<typename Half::H>(from));
   }
+  static void store_half(Storage* to, HalfF v) { kernels::store(to, Bits::template from_float<Half>(v)); }
 };
 
 struct BFloat16Bits {

@@ -53,9 +53,7 @@ const auto& select(const A& first, const B& second) {
 }
 
 inline bool all_plain(const std::uint8_t* plain, Range channels) {
-  std::uint8_t all = 1;
-  for (i64 c = channels.begin; c < channels.end; ++c) all &= plain[c];
-  return all != 0;
+  return __builtin_memchr(plain + channels.begin, 0, static_cast<std::size_t>(channels.size())) == nullptr;
 }
 
 template <typename Element, typename Op>

@@ -14,22 +14,21 @@ namespace {
 //   running_mean = (1 - m) * running_mean + m * mean
 //   running_var  = (1 - m) * running_var  + m * M2 / (n - 1)
 // ---------------------------------------------------------------------------------------------------------
-template <typename Param>
-void update_running(const ChannelView& running, double momentum, Range channels, const double* statistic,
-                    double divisor) {
+template <typename Param, typename Statistic>
+void update_running(const ChannelView& running, double momentum, Range channels, Statistic statistic) {
   if (running.data == nullptr) return;
   auto* data = static_cast<typename Param::Storage*>(running.data);
+  const i64 stride = running.stride;
   const double keep = 1.0 - momentum;
-  const auto moved = [&](i64 c, typename Param::Storage old) {
-    return Param::store(
-        static_cast<typename Param::Real>(keep * Param::load(old) + momentum * (statistic[c] / divisor)));
+  const auto moved = [&]<typename V>(i64 c) {
+    const V old = load_channels<Param, V>(data + c * stride);
+    return keep * old + momentum * statistic.template operator()<V>(c);
   };
-  if (running.stride == 1) {
-#pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) data[c] = moved(c, data[c]);
+  const auto put = [&](i64 c, auto values) { store_channels<Param>(data + c * stride, values); };
+  if (stride == 1) {
+    update_channels(channels, moved, put);
   } else {
-    for (i64 c = channels.begin; c < channels.end; ++c)
-      data[c * running.stride] = moved(c, data[c * running.stride]);
+    for (i64 c = channels.begin; c < channels.end; ++c) put(c, moved.template operator()<double>(c));
   }
 }
 
@@ -91,27 +90,25 @@ void finish_statistics(const ForwardArgs& args, const double* batch_mean, const 
                        Range channels) {
   double* mean = args.mean;
   double* invstd = args.invstd;
-#pragma omp simd
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    mean[c] = batch_mean[c];
-    invstd[c] = 1.0 / __builtin_sqrt(m2[c] / rows + args.eps);
-  }
-  update_running<Param>(args.running_mean, args.momentum, channels, batch_mean, 1.0);
-  update_running<Param>(args.running_var, args.momentum, channels, m2, rows - 1.0);
+  const double eps = args.eps;
+  for_channels(channels, [=]<typename V>(i64 c) {
+    store(mean + c, load_as<V>(batch_mean + c));
+    store(invstd + c, 1.0 / root(load_as<V>(m2 + c) / rows + eps));
+  });
+  update_running<Param>(args.running_mean, args.momentum, channels,
+                        [=]<typename V>(i64 c) { return load_as<V>(batch_mean + c); });
+  update_running<Param>(args.running_var, args.momentum, channels,
+                        [=]<typename V>(i64 c) { return load_as<V>(m2 + c) / (rows - 1.0); });
 }
 
 // From the statistics in `args` to the coefficients of some channels. Takes the pointers by value: else they would
 // have to be read again after every store.
 template <typename Element, typename Param>
 void set_coefficients(const ForwardArgs& args, Coefficients of, Range channels) {
-  const double* invstd = args.invstd;
-  read_channels<Param>(args.weight, channels, 1.0, of.scale);
-  read_channels<Param>(args.bias, channels, 0.0, of.bias);
-#pragma omp simd
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    of.scale[c] *= invstd[c];
-    of.narrow<Element>(c);
-  }
+  for_channels(channels, [=, weight = args.weight, bias = args.bias, invstd = args.invstd]<typename V>(i64 c) {
+    const V scale = read_channels<Param, V>(weight, c, 1.0) * load_as<V>(invstd + c);
+    of.set<Element>(c, load_as<V>(of.mean + c), scale, read_channels<Param, V>(bias, c, 0.0));
+  });
 }
 
 // From the batch's moments, or the running statistics, to the coefficients of some channels.
@@ -123,11 +120,10 @@ void finish_channels(const ForwardArgs& args, const Partition& partition, const 
     const Partial whole = partial_of<Element>(partials, 0);
     finish_statistics<Param>(args, whole.mean, whole.m2, static_cast<double>(partition.rows), channels);
   } else {
-    double* invstd = args.invstd;
-    read_channels<Param>(args.running_mean, channels, 0.0, args.mean);
-    read_channels<Param>(args.running_var, channels, 1.0, invstd);
-#pragma omp simd
-    for (i64 c = channels.begin; c < channels.end; ++c) invstd[c] = 1.0 / __builtin_sqrt(invstd[c] + args.eps);
+    for_channels(channels, [=, &args]<typename V>(i64 c) {
+      store(args.mean + c, read_channels<Param, V>(args.running_mean, c, 0.0));
+      store(args.invstd + c, 1.0 / root(read_channels<Param, V>(args.running_var, c, 1.0) + args.eps));
+    });
   }
   set_coefficients<Element, Param>(args, of, channels);
 }

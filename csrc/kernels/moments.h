@@ -96,11 +96,12 @@ struct PlainMoments {
 constexpr float kCloseness = 16.0F;
 constexpr i64 kRowsLookedAt = 4;
 
-inline void set_moments(const Partial& partial, i64 c, double rows, double shift, double s, double q) {
-  const double offset = s / rows;
-  const double m2 = q - s * offset;
-  partial.mean[c] = shift + offset;
-  partial.m2[c] = m2 < 0.0 ? 0.0 : m2;
+template <typename V>
+void set_moments(const Partial& partial, i64 c, double rows, V shift, V s, V q) {
+  const V offset = s / rows;
+  const V m2 = q - s * offset;
+  store(partial.mean + c, shift + offset);
+  store(partial.m2 + c, m2 < V{} ? V{} : m2);
 }
 
 // The shift of one channel, or of each of a vector of them, by its first rows: row(r) is what is summed of them.
@@ -110,12 +111,10 @@ auto shift_by(i64 looked_at, const Row& row) {
   const V x_0 = row(0);
   V farthest = V{};
   for (i64 r = 1; r < looked_at; ++r) {
-    const V distance = row(r) - x_0;
-    const V magnitude = distance < V{} ? -distance : distance;
-    farthest = magnitude > farthest ? magnitude : farthest;
+    const V distance = magnitude(row(r) - x_0);
+    farthest = distance > farthest ? distance : farthest;
   }
-  const V magnitude = x_0 < V{} ? -x_0 : x_0;
-  return magnitude > farthest * kCloseness ? x_0 : V{};
+  return magnitude(x_0) > farthest * kCloseness ? x_0 : V{};
 }
 
 // The shifts of some channels, and zeros to the end of the last vector; returns whether any differs from zero.
@@ -192,8 +191,10 @@ void segment_moments(const ArrayView& input, const Shape& shape, const Partition
     sum(ShiftedMoments<kRelu>{shift});
   else
     sum(PlainMoments<kRelu>{});
-  for (i64 c = 0; c < channels.size(); ++c)
-    set_moments(partial, channels.begin + c, count, shift[c], sums.first[c], sums.second[c]);
+  for_channels({0, channels.size()}, [&]<typename V>(i64 c) {
+    set_moments(partial, channels.begin + c, count, load_as<V>(shift + c), load_as<V>(&sums.first[c]),
+                load_as<V>(&sums.second[c]));
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------

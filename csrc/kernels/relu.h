@@ -81,15 +81,29 @@ struct Coefficients {
     return of;
   }
 
-  // The values from mean, scale and bias.
-  template <typename Element>
-  void narrow(i64 c) const {
-    const float above = static_cast<float>(mean[c]);
-    const double rest = bias[c] - (mean[c] - static_cast<double>(above)) * scale[c];
-    high[c] = above;
-    narrow_scale[c] = static_cast<float>(scale[c]);
-    narrow_bias[c] = static_cast<float>(rest);
-    plain[c] = Element::kIsDouble || (plain_factor(scale[c]) && plain_term(mean[c]) && plain_term(rest)) ? 1 : 0;
+  template <typename V>
+  void set_wide(i64 c, V own_scale, V own_bias) const {
+    store(scale + c, own_scale);
+    store(bias + c, own_bias);
+  }
+  // Returns the high part of the mean.
+  template <typename V>
+  V set_narrow(i64 c, V own_mean, V own_scale) const {
+    store_channels<Float32>(high + c, own_mean);
+    store_channels<Float32>(narrow_scale + c, own_scale);
+    return load_channels<Float32, V>(high + c);
+  }
+  // Sets what a channel needs, but for the mean, from c on; returns where what the form for float32 takes is
+  // plain. Where all is, nobody reads the form in double.
+  template <typename Element, typename V>
+  auto set(i64 c, V own_mean, V own_scale, V own_bias) const {
+    const V low = own_mean - set_narrow(c, own_mean, own_scale);
+    const V rest = own_bias - low * own_scale;
+    store_channels<Float32>(narrow_bias + c, rest);
+    auto is_plain = plain_factor(own_scale) & plain_term(own_mean) & plain_term(rest);
+    if constexpr (Element::kIsDouble) is_plain |= ~is_plain;
+    if (!store_flags(plain + c, is_plain) || Element::kIsDouble) set_wide(c, own_scale, own_bias);
+    return is_plain;
   }
 };
 

@@ -76,6 +76,35 @@ inline Vec widen(HalfF v) {
 #endif
 }
 
+inline HalfF narrowed(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtpd_ps(v);
+#elif defined(__AVX__)
+  return _mm256_cvtpd_ps(v);
+#else
+  return __builtin_convertvector(v, HalfF);
+#endif
+}
+
+template <typename T>
+inline T magnitude(T x) {
+  return x < T{} ? -x : x;
+}
+
+inline double root(double x) {
+  return __builtin_sqrt(x);
+}
+inline Vec root(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_pd(v);
+#elif defined(__AVX__)
+  return _mm256_sqrt_pd(v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = root(v[i]);
+  return v;
+#endif
+}
+
 // a * b + c for products that are exact in double. Then one rounding is the same as two, and it does not matter
 // to the bits whether an instruction set has the fused operation.
 inline Vec add_exact_product(Vec a, Vec b, Vec c) {
