@@ -357,8 +357,7 @@ void finish_gradients(const BackwardArgs& args, const Partition& partition, cons
       is_plain &= of.set<Element>(c, mean, scale, bias);
     }
     if (training) is_plain &= plain_term(mean) & plain_factor(slope) & plain_term(narrow_shift);
-    if constexpr (Element::kIsDouble) is_plain |= ~is_plain;
-    if (store_flags(scratch.plain + c, is_plain) && !Element::kIsDouble) return;
+    if (store_plain<Element>(scratch.plain + c, is_plain)) return;
     store(scratch.slope + c, slope);
     store(scratch.shift + c, shift);
     of.set_wide(c, scale, bias);

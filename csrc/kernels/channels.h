@@ -100,5 +100,12 @@ inline bool store_flags(std::uint8_t* to, decltype(Vec{} < Vec{}) mask) {
   return __builtin_memcmp(&flags, &all, sizeof(Bytes)) == 0;
 }
 
+// Marks the plain channels, of float64 data all; returns whether nobody reads their coefficients in double.
+template <typename Element, typename Mask>
+bool store_plain(std::uint8_t* to, Mask plain) {
+  if constexpr (Element::kIsDouble) plain |= ~plain;
+  return store_flags(to, plain) && !Element::kIsDouble;
+}
+
 }  // namespace
 }  // namespace torch_bn::kernels

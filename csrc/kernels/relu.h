@@ -94,15 +94,14 @@ struct Coefficients {
     return load_channels<Float32, V>(high + c);
   }
   // Sets what a channel needs, but for the mean, from c on; returns where what the form for float32 takes is
-  // plain. Where all is, nobody reads the form in double.
+  // plain.
   template <typename Element, typename V>
   auto set(i64 c, V own_mean, V own_scale, V own_bias) const {
     const V low = own_mean - set_narrow(c, own_mean, own_scale);
     const V rest = own_bias - low * own_scale;
     store_channels<Float32>(narrow_bias + c, rest);
-    auto is_plain = plain_factor(own_scale) & plain_term(own_mean) & plain_term(rest);
-    if constexpr (Element::kIsDouble) is_plain |= ~is_plain;
-    if (!store_flags(plain + c, is_plain) || Element::kIsDouble) set_wide(c, own_scale, own_bias);
+    const auto is_plain = plain_factor(own_scale) & plain_term(own_mean) & plain_term(rest);
+    if (!store_plain<Element>(plain + c, is_plain)) set_wide(c, own_scale, own_bias);
     return is_plain;
   }
 };
